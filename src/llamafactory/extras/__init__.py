@@ -1,0 +1,1 @@
+"""Small services that every layer may use: errors, suggestions, plain log lines."""

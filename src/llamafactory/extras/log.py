@@ -1,0 +1,49 @@
+"""Plain lines on stderr: what a person running a command should know.
+
+Only the process of rank 0 speaks. `LLAMAFACTORY_VERBOSITY` (DEBUG, INFO, WARNING, ERROR) sets what is shown. Standard
+output stays free for results.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+_LEVELS = {"DEBUG": 10, "INFO": 20, "WARN": 30, "WARNING": 30, "ERROR": 40, "CRITICAL": 50}
+_said_once: set[str] = set()
+
+
+def info(message: str, *, once: bool = False) -> None:
+    """Say what is being done."""
+    _say("INFO", "", message, once=once)
+
+
+def note(message: str, *, once: bool = False) -> None:
+    """Say something that the user may not expect, but that needs no action."""
+    _say("INFO", "note: ", message, once=once)
+
+
+def warn(message: str, *, once: bool = False) -> None:
+    """Say that something is probably not what the user wants."""
+    _say("WARNING", "warning: ", message, once=once)
+
+
+def debug(message: str) -> None:
+    """Say something that only helps to find a fault."""
+    _say("DEBUG", "debug: ", message, once=False)
+
+
+def is_main_process() -> bool:
+    """Whether this process has global rank 0; true where no launcher set a rank."""
+    return (os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0") in {"0", "-1"}
+
+
+def _say(level: str, prefix: str, message: str, *, once: bool) -> None:
+    threshold = _LEVELS.get(os.environ.get("LLAMAFACTORY_VERBOSITY", "INFO").upper(), 20)
+    if _LEVELS[level] < threshold or not is_main_process():
+        return
+    if once:
+        if message in _said_once:
+            return
+        _said_once.add(message)
+    print(prefix + message.replace("\n", "\n" + " " * len(prefix)), file=sys.stderr, flush=True)
