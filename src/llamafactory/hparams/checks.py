@@ -1,0 +1,246 @@
+"""Rules across options that need no file and no hardware: each is one small function, RunConfig -> problems.
+
+A rule names the key that the user should change. `resolve` adds where it was set and what was given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from llamafactory.extras.errors import Problem
+from llamafactory.extras.packages import is_installed
+from llamafactory.extras.suggest import did_you_mean
+from llamafactory.hparams.run_config import RunConfig
+
+DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+
+TRACKERS = {
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+    "mlflow": "mlflow",
+    "comet_ml": "comet-ml",
+    "clearml": "clearml",
+    "aim": "aim",
+    "dvclive": "dvclive",
+    "swanlab": "swanlab",
+    "trackio": "trackio",
+}
+"""Name in `report_to` -> package on PyPI."""
+
+
+def check_required(config: RunConfig) -> Iterator[Problem]:
+    """Keys without which a command cannot start."""
+    if not config.model.model_name_or_path:
+        yield Problem(
+            key="model_name_or_path",
+            message="missing",
+            allowed="a folder with a model, or a hub id",
+            fix=f"model_name_or_path: {DEFAULT_MODEL}",
+        )
+    if config.command == "export" and not config.export.export_dir:
+        yield Problem(key="export_dir", message="missing", allowed="a folder", fix="export_dir: merged")
+    if config.command != "train":
+        return
+    if not (config.train.do_train or config.train.do_eval):
+        yield Problem(
+            key="do_train", message="nothing to do: neither do_train nor do_eval is on", fix="do_train: true"
+        )
+    if not config.train.output_dir:
+        yield Problem(key="output_dir", message="missing", allowed="a folder", fix="output_dir: saves/my-run")
+
+
+def check_data_for_training(config: RunConfig) -> Problem | None:
+    """Training needs rows."""
+    if config.command != "train" or not config.train.do_train or config.data.dataset:
+        return None
+    return Problem(
+        key="dataset",
+        message="do_train is on, but there is no data set to train on",
+        allowed="names of entries in dataset_info.json, with commas between them",
+        fix="dataset: NAME",
+    )
+
+
+def check_data_for_evaluation(config: RunConfig) -> Problem | None:
+    """Evaluation needs rows too."""
+    train = config.train
+    wanted = [key for key in ("do_eval", "eval_on_start") if getattr(train, key)]
+    wanted += ["eval_strategy"] if train.eval_strategy != "no" else []
+    if config.command != "train" or not wanted or config.data.eval_dataset or config.data.val_size > 0:
+        return None
+    return Problem(
+        key=wanted[0],
+        message="there are no rows to evaluate on",
+        fix="val_size: 0.1 holds out a tenth of the data set; or set eval_dataset; or leave this key out",
+    )
+
+
+def check_val_size(config: RunConfig) -> Problem | None:
+    """`val_size` holds rows out of `dataset`; it cannot be combined with `eval_dataset`."""
+    size = config.data.val_size
+    if size == 0:
+        return None
+    if not config.data.dataset:
+        return Problem(
+            key="val_size", message="there is no data set to hold rows out of", fix="set dataset, or remove val_size"
+        )
+    if config.data.eval_dataset:
+        return Problem(key="val_size", message="cannot be combined with eval_dataset", fix="remove one of the two")
+    if size > 1 and not size.is_integer():
+        return Problem(
+            key="val_size", message="neither a share nor a whole number of rows", allowed="below 1, or a whole number"
+        )
+    return None
+
+
+def check_loss_mask(config: RunConfig) -> Problem | None:
+    """Loss on prompts and loss on the last answer alone exclude each other."""
+    if not (config.data.mask_history and config.data.train_on_prompt):
+        return None
+    return Problem(key="mask_history", message="cannot be combined with train_on_prompt", fix="remove one of the two")
+
+
+def check_sft_only(config: RunConfig) -> Iterator[Problem]:
+    """Options of supervised fine-tuning beside another stage."""
+    if config.train.stage == "sft" or config.command != "train":
+        return
+    for key in ("train_on_prompt", "mask_history", "neat_packing"):
+        if getattr(config.data, key):
+            yield Problem(key=key, message=f"only for stage sft, not {config.train.stage}", fix="remove this key")
+
+
+def check_packing(config: RunConfig) -> Problem | None:
+    """`neat_packing` turns packing on, so packing cannot be off beside it."""
+    if config.data.neat_packing and config.data.packing is False:
+        return Problem(key="packing", message="is off, but neat_packing is on", fix="remove one of the two")
+    return None
+
+
+def check_precision(config: RunConfig) -> Iterator[Problem]:
+    """At most one precision."""
+    train = config.train
+    if train.bf16 and train.fp16:
+        yield Problem(key="fp16", message="cannot be combined with bf16", fix="keep bf16 where the device has it")
+    if train.pure_bf16 and train.fp16:
+        yield Problem(key="fp16", message="cannot be combined with pure_bf16", fix="remove one of the two")
+    if train.use_cpu and train.fp16:
+        yield Problem(
+            key="fp16", message="float16 training needs a GPU, and use_cpu is on", fix="use bf16, or neither"
+        )
+
+
+def check_steps(config: RunConfig) -> Iterator[Problem]:
+    """Step counts are whole numbers, or shares below 1."""
+    for key in ("save_steps", "eval_steps", "logging_steps", "warmup_steps"):
+        value = getattr(config.train, key)
+        if value is not None and value >= 1 and not float(value).is_integer():
+            yield Problem(
+                key=key, message="neither a share nor a whole number of steps", allowed="below 1, or a whole number"
+            )
+
+
+def check_schedule(config: RunConfig) -> Iterator[Problem]:
+    """Schedules that need arguments, and arguments that no schedule reads."""
+    kind, kwargs = config.train.lr_scheduler_type, config.train.lr_scheduler_kwargs or {}
+    needed = {
+        "cosine_with_min_lr": ("min_lr", "min_lr_rate"),
+        "cosine_warmup_with_min_lr": ("min_lr", "min_lr_rate"),
+        "warmup_stable_decay": ("num_decay_steps",),
+    }.get(kind, ())
+    if needed and not any(name in kwargs for name in needed):
+        example = {"min_lr": "{min_lr_rate: 0.1}", "num_decay_steps": "{num_decay_steps: 100}"}[needed[0]]
+        yield Problem(
+            key="lr_scheduler_kwargs",
+            message=f"lr_scheduler_type {kind} needs {' or '.join(needed)}",
+            fix=f"lr_scheduler_kwargs: {example}",
+        )
+    if config.train.warmup_steps and config.train.max_steps > 0 and config.train.warmup_steps > config.train.max_steps:
+        yield Problem(
+            key="warmup_steps",
+            message=f"longer than the run of {config.train.max_steps} steps",
+            fix="a value below 1 is a share of all steps",
+        )
+
+
+def check_resume(config: RunConfig) -> Problem | None:
+    """Starting anew and going on exclude each other."""
+    if config.train.overwrite_output_dir and config.train.resume_from_checkpoint is True:
+        return Problem(
+            key="overwrite_output_dir",
+            message="cannot be combined with resume_from_checkpoint: true",
+            fix="remove one of the two",
+        )
+    return None
+
+
+def check_adapters(config: RunConfig) -> Problem | None:
+    """Adapters belong to LoRA training."""
+    if config.command == "train" and config.train.finetuning_type == "full" and config.model.adapter_name_or_path:
+        return Problem(
+            key="adapter_name_or_path",
+            message="cannot be combined with finetuning_type full",
+            fix="export the adapter into the model first, then train the exported folder",
+        )
+    return None
+
+
+def check_trackers(config: RunConfig) -> Iterator[Problem]:
+    """Trackers that are unknown, or whose package is missing."""
+    if config.command != "train":
+        return
+    for name in config.train.report_to:
+        if name == "none":
+            if len(config.train.report_to) > 1:
+                yield Problem(key="report_to", message="none stands beside other trackers", fix="remove none")
+        elif name not in TRACKERS:
+            allowed = ", ".join(["none", *TRACKERS])
+            yield Problem(
+                key="report_to", message=f"unknown tracker '{name}'", allowed=allowed, fix=did_you_mean(name, TRACKERS)
+            )
+        elif install := _install_command(name, TRACKERS[name]):
+            yield Problem(key="report_to", message=f"the package for {name} is not installed", fix=install)
+
+
+def check_packages(config: RunConfig) -> Iterator[Problem]:
+    """Packages that an option needs."""
+    if config.model.flash_attn == "fa2" and (install := _install_command("flash_attn", "flash-attn")):
+        yield Problem(key="flash_attn", message="fa2 needs flash-attn", fix=f"{install}; or flash_attn: auto")
+    if config.model.flash_attn == "fa3" and (install := _install_command("flash_attn_interface", "flash-attn-3")):
+        yield Problem(key="flash_attn", message="fa3 needs flash-attn 3", fix=f"{install}; or flash_attn: auto")
+    if config.train.plot_loss and (install := _install_command("matplotlib", "matplotlib")):
+        yield Problem(key="plot_loss", message="needs matplotlib", fix=install)
+
+
+def check_offline(config: RunConfig) -> Iterable[Problem]:
+    """A run without network cannot report to a server."""
+    online = sorted({"wandb", "comet_ml", "clearml"} & set(config.train.report_to))
+    if config.model.offline and online and config.command == "train":
+        return (
+            Problem(
+                key="report_to", message=f"{', '.join(online)} needs the network, and offline is on", fix="tensorboard"
+            ),
+        )
+    return ()
+
+
+def _install_command(module: str, package: str) -> str | None:
+    return None if is_installed(module) else f"pip install {package}"
+
+
+CHECKS = (
+    check_required,
+    check_data_for_training,
+    check_data_for_evaluation,
+    check_val_size,
+    check_loss_mask,
+    check_sft_only,
+    check_packing,
+    check_precision,
+    check_steps,
+    check_schedule,
+    check_resume,
+    check_adapters,
+    check_trackers,
+    check_packages,
+    check_offline,
+)

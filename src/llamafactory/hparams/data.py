@@ -1,0 +1,50 @@
+"""Options of the data: which rows, which template, which tokens carry loss, how rows become batches."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from llamafactory.hparams.section import Section, option
+
+_SOURCE, _TEMPLATE, _LOSS, _BATCH = "Data source", "Template", "Loss mask", "Rows and batches"
+
+
+class DataConfig(Section):
+    """Which data sets are read and how a row becomes token ids and labels."""
+
+    dataset: tuple[str, ...] = option((), "Names of training data sets in dataset_info.json.", group=_SOURCE)
+    eval_dataset: tuple[str, ...] = option((), "Names of evaluation data sets.", group=_SOURCE)
+    dataset_dir: str | dict[str, Any] = option(
+        "data", "Folder with dataset_info.json, or the content of that file.", group=_SOURCE
+    )
+    max_samples: int | None = option(
+        None, "Use only the first rows of each data set, at most this many.", group=_SOURCE, ge=1
+    )
+    val_size: float = option(
+        0.0, "Held-out rows for evaluation: a share below 1, or a number of rows.", group=_SOURCE, ge=0
+    )
+    eval_on_each_dataset: bool = option(False, "Report metrics for each evaluation data set.", group=_SOURCE)
+    mix_strategy: Literal["concat"] = option("concat", "How several data sets are combined.", group=_SOURCE)
+    data_variables: dict[str, str] = option(
+        {}, "Values for {{key}} placeholders in rows, for example name and author.", group=_SOURCE
+    )
+    max_bad_rows: float = option(
+        0.01, "Stop when a larger share of rows than this cannot be used.", group=_SOURCE, ge=0, le=1
+    )
+    template: str | None = option(None, "Chat template; null or auto takes the tokenizer's own.", group=_TEMPLATE)
+    default_system: str | None = option(None, "System text where a row has none.", group=_TEMPLATE)
+    enable_thinking: bool | None = option(
+        True, "Reasoning models: true trains thoughts, false trains without, null as the rows are.", group=_TEMPLATE
+    )
+    train_on_prompt: bool = option(False, "Prompts carry loss too.", group=_LOSS)
+    mask_history: bool = option(False, "Only the last answer carries loss.", group=_LOSS)
+    cutoff_len: int = option(2048, "Longest example, in tokens.", group=_BATCH, ge=8)
+    overlong: Literal["truncate", "drop", "error"] = option(
+        "truncate", "What happens to an example longer than cutoff_len.", group=_BATCH
+    )
+    packing: bool | None = option(
+        None, "Put several examples into one sequence; null lets the memory plan decide.", group=_BATCH
+    )
+    neat_packing: bool = option(
+        False, "Packed examples never see each other (always so here); turns packing on.", group=_BATCH
+    )

@@ -1,0 +1,82 @@
+"""Which of the keys that a user set do nothing in this run, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
+
+from llamafactory.hparams.data import DataConfig
+from llamafactory.hparams.export import ExportConfig
+from llamafactory.hparams.generation import GenerationConfig
+from llamafactory.hparams.run_config import RunConfig
+from llamafactory.hparams.train import TrainConfig
+
+_Rule: TypeAlias = tuple[Callable[[RunConfig], bool], Iterable[str], str]
+
+_OPTIM_KEYS = ("adam_beta1", "adam_beta2", "adam_epsilon")
+_SHARED_KEYS = {"stage", "finetuning_type", "seed", "use_cpu", "bf16", "fp16", "pure_bf16"}
+_CHAT_KEYS = {"template", "default_system", "enable_thinking"}
+
+
+def keys_without_effect(config: RunConfig, given: Mapping[str, Any]) -> dict[str, str]:
+    """Keys among `given` that this run does not read -> the reason. Only values that ask for something count."""
+    found: dict[str, str] = {}
+    for applies, keys, why in _RULES:
+        if applies(config):
+            for key in keys:
+                if key in given and key not in found and _asks_for_something(config, key):
+                    found[key] = why
+    return found
+
+
+def _asks_for_something(config: RunConfig, key: str) -> bool:
+    for _, section in config.sections():
+        if key in type(section).model_fields:
+            return getattr(section, key) != type(section).model_fields[key].default
+    return True
+
+
+def _is(command: str) -> Callable[[RunConfig], bool]:
+    return lambda config: config.command == command
+
+
+def _no_training(config: RunConfig) -> bool:
+    return config.command == "train" and not config.train.do_train
+
+
+_TRAIN_KEYS = (
+    *(key for key in TrainConfig.model_fields if key not in _SHARED_KEYS),
+    *(key for key in DataConfig.model_fields if key not in _CHAT_KEYS),
+)
+_STEP_KEYS = (
+    "learning_rate",
+    "num_train_epochs",
+    "max_steps",
+    "warmup_ratio",
+    "warmup_steps",
+    "weight_decay",
+    "plot_loss",
+)
+
+_RULES: tuple[_Rule, ...] = (
+    (_is("train"), tuple(ExportConfig.model_fields), "only read by the command export"),
+    (_is("train"), (*GenerationConfig.model_fields, "infer_dtype", "use_kv_cache"), "only read by the command chat"),
+    (_is("chat"), tuple(ExportConfig.model_fields), "only read by the command export"),
+    (_is("chat"), _TRAIN_KEYS, "only read by the command train"),
+    (_is("export"), _TRAIN_KEYS, "only read by the command train"),
+    (_is("export"), tuple(GenerationConfig.model_fields), "only read by the command chat"),
+    (_no_training, _STEP_KEYS, "do_train is off"),
+    (lambda c: c.train.optim in {"sgd", "adafactor"}, _OPTIM_KEYS, "only for the AdamW optimizers"),
+    (lambda c: c.train.warmup_steps > 0, ("warmup_ratio",), "warmup_steps is set"),
+    (lambda c: c.train.max_steps > 0, ("num_train_epochs",), "max_steps is set"),
+    (lambda c: c.train.save_strategy != "steps", ("save_steps",), "save_strategy is not steps"),
+    (lambda c: c.train.save_strategy == "no", ("save_total_limit", "save_only_model"), "save_strategy is no"),
+    (lambda c: c.train.eval_strategy != "steps", ("eval_steps",), "eval_strategy is not steps"),
+    (lambda c: not c.data.eval_dataset, ("eval_on_each_dataset",), "eval_dataset is not set"),
+    (lambda c: not (c.data.dataset or c.data.eval_dataset), ("max_samples",), "no data set is set"),
+    (lambda c: not c.model.adapter_name_or_path, ("adapter_folder",), "adapter_name_or_path is not set"),
+    (lambda c: c.model.disable_gradient_checkpointing is True, ("use_reentrant_gc",), "activations are kept"),
+    (lambda c: not c.generation.do_sample, ("temperature", "top_p", "top_k"), "do_sample is off"),
+    (lambda c: c.generation.num_beams == 1, ("length_penalty",), "num_beams is 1"),
+    (lambda c: c.generation.max_new_tokens > 0, ("max_length",), "max_new_tokens is set"),
+)

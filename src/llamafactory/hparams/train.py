@@ -1,0 +1,110 @@
+"""Options of a training run: method, batches, optimizer, schedule, precision, what is saved and logged."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeAlias
+
+from pydantic import field_validator
+
+from llamafactory.hparams.section import Section, option
+
+_METHOD, _BATCH, _OPTIM, _SCHEDULE = "Method", "Batch and length", "Optimizer", "Learning-rate schedule"
+_PRECISION, _OUTPUT, _EVAL, _LOG = "Precision and device", "Output and checkpoints", "Evaluation", "Logging"
+
+LrScheduler: TypeAlias = Literal[
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "warmup_stable_decay",
+]
+"""The schedules of transformers that depend on the step alone."""
+
+
+class TrainConfig(Section):
+    """How a run trains. The names and defaults are those of transformers' `TrainingArguments`."""
+
+    stage: str = option("sft", "Training stage: a file in train/stages, or a dotted path.", group=_METHOD)
+    finetuning_type: str = option(
+        "lora", "What is trained: a file in model/adapters, or a dotted path.", group=_METHOD
+    )
+    do_train: bool = option(False, "Train.", group=_METHOD)
+    do_eval: bool = option(False, "Evaluate at the end.", group=_METHOD)
+    seed: int = option(42, "Seed of everything that is random.", group=_METHOD, ge=0, lt=2**32)
+    data_seed: int | None = option(None, "Seed of the order of rows; null takes seed.", group=_METHOD, ge=0, lt=2**32)
+    full_determinism: bool = option(False, "Use only deterministic kernels (slower).", group=_METHOD)
+    disable_shuffling: bool = option(False, "Take rows in the order of the files.", group=_METHOD)
+
+    per_device_train_batch_size: int = option(8, "Examples per device and step.", group=_BATCH, ge=1)
+    per_device_eval_batch_size: int = option(8, "Examples per device in evaluation.", group=_BATCH, ge=1)
+    gradient_accumulation_steps: int = option(1, "Batches per optimizer step.", group=_BATCH, ge=1)
+    num_train_epochs: float = option(3.0, "Passes over the data; used where max_steps is not set.", group=_BATCH, gt=0)
+    max_steps: int = option(-1, "Optimizer steps; -1 means num_train_epochs decides.", group=_BATCH, ge=-1)
+
+    optim: Literal["adamw_torch", "adamw_torch_fused", "sgd", "adafactor"] = option(
+        "adamw_torch_fused", "Optimizer.", group=_OPTIM
+    )
+    learning_rate: float = option(5e-5, "Highest learning rate.", group=_OPTIM, gt=0)
+    weight_decay: float = option(0.0, "Decoupled weight decay.", group=_OPTIM, ge=0)
+    adam_beta1: float = option(0.9, "Adam's first decay rate.", group=_OPTIM, ge=0, lt=1)
+    adam_beta2: float = option(0.999, "Adam's second decay rate.", group=_OPTIM, ge=0, lt=1)
+    adam_epsilon: float = option(1e-8, "Adam's epsilon.", group=_OPTIM, gt=0)
+    max_grad_norm: float = option(1.0, "Gradients are clipped to this norm; 0 turns clipping off.", group=_OPTIM, ge=0)
+
+    lr_scheduler_type: LrScheduler = option("linear", "Shape of the learning rate over the run.", group=_SCHEDULE)
+    lr_scheduler_kwargs: dict[str, Any] | None = option(
+        None, "More arguments of the schedule, for example {num_cycles: 2}.", group=_SCHEDULE
+    )
+    warmup_steps: float = option(
+        0, "Steps over which the learning rate rises; below 1 it is a share of all steps.", group=_SCHEDULE, ge=0
+    )
+    warmup_ratio: float = option(
+        0.0, "Share of all steps over which the learning rate rises.", group=_SCHEDULE, ge=0, le=1
+    )
+
+    bf16: bool = option(False, "Train in bfloat16 mixed precision.", group=_PRECISION)
+    fp16: bool = option(False, "Train in float16 mixed precision with loss scaling.", group=_PRECISION)
+    pure_bf16: bool = option(False, "Keep weights and optimizer in bfloat16, without autocast.", group=_PRECISION)
+    use_cpu: bool = option(False, "Use the CPU even where there is a GPU.", group=_PRECISION)
+    ddp_timeout: int = option(1800, "Seconds that one process waits for another.", group=_PRECISION, ge=1)
+
+    output_dir: str | None = option(None, "Folder for weights, checkpoints, logs and reports.", group=_OUTPUT)
+    overwrite_output_dir: bool = option(False, "Start anew in a folder that holds a run.", group=_OUTPUT)
+    resume_from_checkpoint: str | bool | None = option(
+        None, "Checkpoint folder to go on from; true means the newest one in output_dir.", group=_OUTPUT
+    )
+    save_strategy: Literal["no", "steps", "epoch"] = option("steps", "When checkpoints are written.", group=_OUTPUT)
+    save_steps: float = option(500, "Steps between checkpoints; below 1 a share of all steps.", group=_OUTPUT, gt=0)
+    save_total_limit: int | None = option(None, "Checkpoints kept; older ones are removed.", group=_OUTPUT, ge=1)
+    save_only_model: bool = option(
+        False, "Checkpoints without optimizer; such a run cannot be resumed.", group=_OUTPUT
+    )
+
+    eval_strategy: Literal["no", "steps", "epoch"] = option("no", "When the run is evaluated.", group=_EVAL)
+    eval_steps: float | None = option(
+        None, "Steps between evaluations; below 1 a share of all steps; null takes logging_steps.", group=_EVAL, gt=0
+    )
+    eval_on_start: bool = option(False, "Evaluate before the first step.", group=_EVAL)
+
+    logging_steps: float = option(500, "Steps between log lines; below 1 a share of all steps.", group=_LOG, gt=0)
+    logging_first_step: bool = option(False, "Log the first step too.", group=_LOG)
+    report_to: tuple[str, ...] = option(
+        (), "Trackers, for example tensorboard or wandb; none for no tracker.", group=_LOG
+    )
+    run_name: str | None = option(None, "Name of the run in trackers.", group=_LOG)
+    plot_loss: bool = option(False, "Write training_loss.png.", group=_LOG)
+    include_effective_tokens_per_second: bool = option(False, "Report tokens per second without padding.", group=_LOG)
+    include_num_input_tokens_seen: bool | str = option(
+        False, "Report the number of tokens seen (always recorded here).", group=_LOG
+    )
+    disable_tqdm: bool | None = option(None, "No progress bar; null shows one on a terminal.", group=_LOG)
+
+    @field_validator("report_to")
+    @classmethod
+    def _without_none(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        return () if names == ("none",) else names
