@@ -1,0 +1,260 @@
+"""Turns -> Example: token ids and labels, born together. Truncation is decided here and nowhere else.
+
+Many texts go to the Rust tokenizer at once. Special-token strings inside row text never become special tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llamafactory.data.types import IGNORE_INDEX, Example, Segment, Turn
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+Overlong = Literal["truncate", "drop", "error"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Run:
+    """Neighbouring segments of one turn side that are supervised alike: one text for the tokenizer."""
+
+    segments: tuple[Segment, ...]
+    label_weight: float  # 0: not supervised
+
+    @property
+    def text(self) -> str:
+        return "".join(segment.text for segment in self.segments)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncodedTurn:
+    """Ids of a turn's prompt and answer, and the loss weight of each id (0: not supervised)."""
+
+    prompt_ids: Sequence[int]
+    prompt_weights: Sequence[float]
+    answer_ids: Sequence[int]
+    answer_weights: Sequence[float]
+
+
+class Encoder:
+    """Tokenises turns with one tokenizer.
+
+    Attributes:
+        num_shifted: sequences of a whole-text template in which the ids of a prompt change when its answer follows, so
+            that generation starts from slightly other ids than training saw.
+    """
+
+    def __init__(self, tokenizer: Any, *, is_whole: bool = False) -> None:
+        """Take a transformers tokenizer (its Rust backend does the work).
+
+        Args:
+            tokenizer: a transformers tokenizer with a `backend_tokenizer`, or a `tokenizers.Tokenizer`.
+            is_whole: ids must be those of each sequence's whole text, see `Template.is_tokenized_whole`.
+        """
+        self._backend: Tokenizer = clean_backend(tokenizer)
+        self._plain: Tokenizer | None = None
+        self._special = special_token_pattern(self._backend)
+        self._is_whole = is_whole
+        self.num_shifted = 0
+
+    def encode(self, sequences: Sequence[Sequence[Turn]]) -> list[list[EncodedTurn]]:
+        """Ids and weights of each turn of each sequence."""
+        runs = [[(_runs(turn.prompt), _runs(turn.answer)) for turn in turns] for turns in sequences]
+        texts = dict.fromkeys(
+            run.text for turns in runs for sides in turns for side in sides for run in side if not self._is_mixed(run)
+        )
+        if self._is_whole:
+            texts |= dict.fromkeys(_whole_text(turns) for turns in runs if not self._has_mixed(turns))
+        ids_of = dict(zip(texts, self._encode_batch(self._backend, list(texts)), strict=True))
+        return [self._sequence(turns, ids_of) for turns in runs]
+
+    def _sequence(
+        self, turns: Sequence[tuple[list[_Run], list[_Run]]], ids_of: dict[str, list[int]]
+    ) -> list[EncodedTurn]:
+        encoded = []
+        for prompt, answer in turns:
+            sides = []
+            for side in (prompt, answer):
+                ids: list[int] = []
+                weights: list[float] = []
+                for run in side:
+                    new = self._mixed(run) if self._is_mixed(run) else ids_of[run.text]
+                    ids += new
+                    weights += [run.label_weight] * len(new)
+                sides += [ids, weights]
+            encoded.append(
+                EncodedTurn(prompt_ids=sides[0], prompt_weights=sides[1], answer_ids=sides[2], answer_weights=sides[3])
+            )
+        if self._is_whole and not self._has_mixed(turns):
+            whole = ids_of[_whole_text(turns)]
+            if whole != [token for turn in encoded for token in (*turn.prompt_ids, *turn.answer_ids)]:
+                return self._by_offsets(turns)
+        return encoded
+
+    def _by_offsets(self, turns: Sequence[tuple[list[_Run], list[_Run]]]) -> list[EncodedTurn]:
+        """Ids of the whole text, dealt out to the runs by the character at which each token starts."""
+        encoding = self._backend.encode(_whole_text(turns), add_special_tokens=False)
+        starts = [offset[0] for offset in encoding.offsets]
+        encoded, position, token = [], 0, 0
+        for prompt, answer in turns:
+            sides: list[Any] = []
+            for side in (prompt, answer):
+                first, weights = token, []
+                for run in side:
+                    position += len(run.text)
+                    end = token
+                    while end < len(starts) and starts[end] < position:
+                        end += 1
+                    weights += [run.label_weight] * (end - token)
+                    token = end
+                sides += [encoding.ids[first:token], weights]
+            encoded.append(
+                EncodedTurn(prompt_ids=sides[0], prompt_weights=sides[1], answer_ids=sides[2], answer_weights=sides[3])
+            )
+        asked = "".join(run.text for run in turns[0][0])
+        if self._backend.encode(asked, add_special_tokens=False).ids != list(encoded[0].prompt_ids):
+            self.num_shifted += 1
+        return encoded
+
+    def _is_mixed(self, run: _Run) -> bool:
+        """Whether row text in the run holds a special-token string."""
+        return self._special is not None and any(
+            segment.is_literal and self._special.search(segment.text) for segment in run.segments
+        )
+
+    def _has_mixed(self, turns: Sequence[tuple[list[_Run], list[_Run]]]) -> bool:
+        return any(self._is_mixed(run) for sides in turns for side in sides for run in side)
+
+    def _mixed(self, run: _Run) -> list[int]:
+        """Ids of a run with special tokens where the markup has them, and plain text everywhere else."""
+        if self._plain is None:
+            self._plain = type(self._backend).from_str(self._backend.to_str())
+            self._plain.encode_special_tokens = True
+        ids: list[int] = []
+        for is_special, pieces in groupby(self._split(run.segments), key=lambda piece: piece[0]):
+            text = "".join(piece[1] for piece in pieces)
+            ids += (self._backend if is_special else self._plain).encode(text, add_special_tokens=False).ids
+        return ids
+
+    def _split(self, segments: Sequence[Segment]) -> list[tuple[bool, str]]:
+        """Pieces of the segments as (is a special token, text)."""
+        pieces: list[tuple[bool, str]] = []
+        for segment in segments:
+            if segment.is_literal or self._special is None:
+                pieces.append((False, segment.text))
+                continue
+            end = 0
+            for match in self._special.finditer(segment.text):
+                pieces += [(False, segment.text[end : match.start()]), (True, match[0])]
+                end = match.end()
+            pieces.append((False, segment.text[end:]))
+        return [piece for piece in pieces if piece[1]]
+
+    @staticmethod
+    def _encode_batch(backend: Tokenizer, texts: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def clean_backend(tokenizer: Any) -> Tokenizer:
+    """The Rust tokenizer behind `tokenizer`; a copy if it is set to cut, pad or ignore special tokens.
+
+    Raises:
+        TypeError: the tokenizer has no Rust backend.
+    """
+    from tokenizers import Tokenizer
+
+    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    if not isinstance(backend, Tokenizer):
+        raise TypeError(f"{type(tokenizer).__name__} has no fast (Rust) tokenizer behind it")
+    if backend.truncation is None and backend.padding is None and not backend.encode_special_tokens:
+        return backend
+    copy = Tokenizer.from_str(backend.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    copy.encode_special_tokens = False
+    return copy
+
+
+def special_token_pattern(backend: Tokenizer) -> re.Pattern[str] | None:
+    """Finds the strings of special tokens, longest first; None if there are none."""
+    words = [token.content for token in backend.get_added_tokens_decoder().values() if token.special and token.content]
+    return re.compile("|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))) if words else None
+
+
+def assemble(turns: Sequence[EncodedTurn], cutoff_len: int, *, keep_last: bool = False) -> Example:
+    """One training example of at most `cutoff_len` tokens.
+
+    Cuts turn by turn: what is left of the budget is shared between a turn's prompt and its answer by `share_budget`;
+    turns behind the budget are left out.
+
+    Args:
+        turns: the sequence.
+        cutoff_len: budget in tokens.
+        keep_last: give the budget to the last turns first (only the last answer is trained).
+    """
+    total = sum(len(turn.prompt_ids) + len(turn.answer_ids) for turn in turns)
+    kept: list[tuple[Sequence[int], Sequence[float]]] = []
+    budget = cutoff_len
+    for turn in reversed(turns) if keep_last else turns:
+        if budget <= 0:
+            break
+        num_prompt, num_answer = share_budget(len(turn.prompt_ids), len(turn.answer_ids), budget)
+        sides = [
+            (turn.prompt_ids[:num_prompt], turn.prompt_weights[:num_prompt]),
+            (turn.answer_ids[:num_answer], turn.answer_weights[:num_answer]),
+        ]
+        kept = sides + kept if keep_last else kept + sides
+        budget -= num_prompt + num_answer
+    ids = np.array([token for side in kept for token in side[0]], dtype=np.int32)
+    weights = np.array([weight for side in kept for weight in side[1]], dtype=np.float32)
+    return Example(
+        input_ids=ids,
+        labels=np.where(weights != 0, ids, np.int32(IGNORE_INDEX)),
+        weights=_weights_or_none(weights),
+        num_cut=total - len(ids),
+    )
+
+
+def join_history(turns: Sequence[EncodedTurn]) -> EncodedTurn:
+    """All before the last answer as one prompt without loss, and the last answer: a judged answer with its prompt."""
+    sides = [ids for turn in turns for ids in (turn.prompt_ids, turn.answer_ids)][:-1]
+    prompt_ids = [token for side in sides for token in side]
+    last = turns[-1]
+    return replace(last, prompt_ids=prompt_ids, prompt_weights=[0.0] * len(prompt_ids))
+
+
+def share_budget(num_prompt: int, num_answer: int, budget: int) -> tuple[int, int]:
+    """How many tokens of a prompt and of its answer are kept when both together have `budget` tokens.
+
+    The answer is kept whole if it takes less than half of the budget; else the prompt, if that does; else both are cut
+    in proportion.
+    """
+    if 2 * num_answer < budget:
+        limit = budget
+    elif 2 * num_prompt < budget:
+        limit = budget - num_prompt
+    else:
+        limit = int(budget * (num_answer / (num_prompt + num_answer)))
+    kept_answer = min(limit, num_answer)
+    return min(max(budget - kept_answer, 0), num_prompt), kept_answer
+
+
+def _weights_or_none(weights: NDArray[np.float32]) -> NDArray[np.float32] | None:
+    return None if bool(np.isin(weights, (0.0, 1.0)).all()) else weights
+
+
+def _runs(segments: Sequence[Segment]) -> list[_Run]:
+    groups = groupby(segments, key=lambda segment: segment.weight if segment.trainable else 0.0)
+    return [_Run(segments=tuple(group), label_weight=weight) for weight, group in groups]
+
+
+def _whole_text(turns: Sequence[tuple[list[_Run], list[_Run]]]) -> str:
+    return "".join(run.text for sides in turns for side in sides for run in side)

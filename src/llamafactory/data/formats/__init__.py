@@ -1,0 +1,79 @@
+"""Row formats, one file each, looked up by file name: row -> canonical record.
+
+A file offers `DEFAULT_COLUMNS`, `DEFAULT_TAGS`, `detect` and `read_row`, as `RowFormat` lists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import NamedTuple, Protocol, TypeAlias, cast
+
+from llamafactory.data.types import Conversation, DatasetSpec, Feedback, Preference
+from llamafactory.extras.errors import DataError
+from llamafactory.extras.suggest import did_you_mean
+
+Row: TypeAlias = Mapping[str, object]
+Record: TypeAlias = Conversation | Preference | Feedback
+
+
+class Detected(NamedTuple):
+    """Columns and tags under which a format can read a row."""
+
+    columns: Mapping[str, str | None]
+    tags: Mapping[str, str | None]
+
+
+class RowFormat(Protocol):
+    """What a file in this folder offers."""
+
+    DEFAULT_COLUMNS: Mapping[str, str | None]
+    """Column names where the dataset's entry has no `columns` block."""
+    DEFAULT_TAGS: Mapping[str, str | None]
+    """Tags where the entry has no `tags` block."""
+
+    @staticmethod
+    def detect(row: Row) -> Detected | None:
+        """How this format would read the row; None if it would not."""
+        ...
+
+    @staticmethod
+    def read_row(row: Row, spec: DatasetSpec, origin: str) -> Record:
+        """The row in canonical form.
+
+        Raises:
+            RowError: the row breaks a rule of the format.
+        """
+        ...
+
+
+def format_names() -> tuple[str, ...]:
+    """Names of all formats."""
+    return tuple(sorted(module.name for module in iter_modules(__path__)))
+
+
+@cache
+def find_format(name: str) -> RowFormat:
+    """The format of that name.
+
+    Raises:
+        DataError: there is no such file.
+    """
+    if name not in format_names():
+        raise DataError(
+            f"unknown formatting '{name}'",
+            where="formatting",
+            expected=", ".join(format_names()),
+            fix=did_you_mean(name, format_names()) or None,
+        )
+    return cast(RowFormat, import_module(f"{__name__}.{name}"))
+
+
+def detect_format(row: Row) -> tuple[str, Detected] | None:
+    """The first format that recognises the row, with its columns and tags."""
+    for name in ("openai", "sharegpt", "alpaca"):
+        if (found := find_format(name).detect(row)) is not None:
+            return name, found
+    return None

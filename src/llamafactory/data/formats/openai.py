@@ -1,0 +1,182 @@
+"""OpenAI rows: `messages` with `role` and `content`, tool calls, tool results, and perhaps `train` or `weight`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from llamafactory.data.formats import Detected, Record, Row
+from llamafactory.data.formats.alpaca import read_column, read_flag
+from llamafactory.data.row_error import RowError, describe, read_filled_text, read_text
+from llamafactory.data.row_tools import read_call, read_tools
+from llamafactory.data.types import Conversation, DatasetSpec, Feedback, Message, Preference, Role, ToolCall
+from llamafactory.extras.suggest import did_you_mean
+
+DEFAULT_COLUMNS: Mapping[str, str | None] = {"messages": "messages", "tools": "tools"}
+DEFAULT_TAGS: Mapping[str, str | None] = {
+    "role_tag": "role",
+    "content_tag": "content",
+    "user_tag": "user",
+    "assistant_tag": "assistant",
+    "observation_tag": "tool",
+    "function_tag": "function_call",
+    "system_tag": "system",
+}
+_FOLLOWERS: Mapping[Role | None, tuple[Role, ...]] = {
+    None: ("user",),
+    "user": ("assistant",),
+    "assistant": ("user", "tool"),
+    "tool": ("assistant", "tool"),
+}
+
+
+def detect(row: Row) -> Detected | None:
+    """Rows with a `messages` (or `conversations`) list of `role`/`content` objects."""
+    for column in ("messages", "conversations"):
+        value = row.get(column)
+        if (
+            isinstance(value, list)
+            and value
+            and isinstance(value[0], Mapping)
+            and {"role", "content"} <= value[0].keys()
+        ):
+            return Detected({"messages": column, **({"tools": "tools"} if "tools" in row else {})}, DEFAULT_TAGS)
+    return None
+
+
+def read_row(row: Row, spec: DatasetSpec, origin: str) -> Record:
+    """The row as a conversation, a preference pair (ranking) or a judged conversation (KTO).
+
+    Raises:
+        RowError: a missing column, an unknown role, roles out of order, an answer without text and calls.
+    """
+    columns = spec.columns
+    column = columns.get("messages") or "messages"
+    listed = read_column(row, column)
+    if not isinstance(listed, list) or not listed:
+        raise RowError("no messages", field=column, found=describe(listed), expected="a list of messages")
+    messages = [_read_message(message, f"{column}[{place}]", spec.tags) for place, message in enumerate(listed)]
+    if messages[0].role != "system" and (name := columns.get("system")) and (text := read_text(row.get(name), name)):
+        messages.insert(0, Message(role="system", content=text))
+    _check_order(messages, column, is_ranking=spec.is_ranking, skipped=len(messages) - len(listed))
+    tools = read_tools(row.get(name), name) if (name := columns.get("tools")) else None
+    conversation = Conversation(messages=tuple(messages), tools=tools, origin=origin)
+    if spec.is_ranking:
+        chosen, rejected = (
+            _read_message(read_column(row, side), side, spec.tags)
+            for side in (columns.get("chosen") or "chosen", columns.get("rejected") or "rejected")
+        )
+        return Preference(prompt=conversation, chosen=chosen, rejected=rejected)
+    if tag := columns.get("kto_tag"):
+        return Feedback(conversation=conversation, is_desirable=read_flag(row, tag))
+    return conversation
+
+
+def _check_order(messages: list[Message], column: str, *, is_ranking: bool, skipped: int) -> None:
+    before: Role | None = None
+    for place, message in enumerate(messages):
+        if message.role == "system" and place == 0:
+            continue
+        if message.role not in _FOLLOWERS[before]:
+            behind = "at the start" if before is None else f"behind {before}"
+            raise RowError(
+                "wrong order of roles",
+                field=f"{column}[{place - skipped}].role",
+                found=f"{message.role} {behind}",
+                expected=" or ".join(_FOLLOWERS[before]),
+            )
+        before = message.role
+    last_roles = ("user", "tool") if is_ranking else ("assistant",)
+    if before not in last_roles:
+        raise RowError(
+            "wrong last message",
+            field=column,
+            found=f"{before or 'system'} at the end",
+            expected=" or ".join(last_roles),
+            fix="each conversation ends with its answer"
+            if not is_ranking
+            else "the answers are in chosen and rejected",
+        )
+
+
+def _read_message(message: object, field: str, tags: Mapping[str, str | None]) -> Message:
+    role_key, content_key = tags.get("role_tag") or "role", tags.get("content_tag") or "content"
+    if not isinstance(message, Mapping) or not isinstance(message.get(role_key), str):
+        raise RowError(
+            f"a message without '{role_key}'",
+            field=field,
+            found=describe(message),
+            expected=f"an object with '{role_key}' and '{content_key}'",
+        )
+    role = _canonical_role(message[role_key], f"{field}.{role_key}", tags)
+    text = _read_content(message.get(content_key), f"{field}.{content_key}")
+    if role == "user":
+        read_filled_text(text, f"{field}.{content_key}", "user message")
+    if role != "assistant":
+        return Message(role=role, content=text)
+    calls = _read_calls(message.get("tool_calls"), f"{field}.tool_calls")
+    if not calls:
+        read_filled_text(text, f"{field}.{content_key}", "answer")
+    return Message(
+        role=role, content=text, tool_calls=calls, train=_train(message, field), weight=_weight(message, field)
+    )
+
+
+def _canonical_role(given: str, field: str, tags: Mapping[str, str | None]) -> Role:
+    roles: dict[str | None, Role] = {
+        tags.get("system_tag"): "system",
+        "developer": "system",
+        tags.get("user_tag"): "user",
+        tags.get("assistant_tag"): "assistant",
+        tags.get("observation_tag"): "tool",
+    }
+    if given not in roles:
+        known = [str(role) for role in roles if role]
+        hint = did_you_mean(given, known)
+        raise RowError("unknown role", field=field, found=describe(given), expected=" or ".join(known), fix=hint)
+    return roles[given]
+
+
+def _read_content(value: object, field: str) -> str:
+    """Text, null, or a list of content parts of type `text`."""
+    if not isinstance(value, list):
+        return read_text(value, field)
+    texts = []
+    for place, part in enumerate(value):
+        if not isinstance(part, Mapping) or part.get("type") != "text":
+            kind = part.get("type") if isinstance(part, Mapping) else part
+            raise RowError(
+                "a content part that is not text",
+                field=f"{field}[{place}]",
+                found=describe(kind),
+                expected='type "text"',
+            )
+        texts.append(read_text(part.get("text"), f"{field}[{place}].text"))
+    return "".join(texts)
+
+
+def _read_calls(value: object, field: str) -> tuple[ToolCall, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list):
+        raise RowError("the tool calls are not a list", field=field, found=describe(value), expected="a list of calls")
+    calls = []
+    for place, call in enumerate(value):
+        inner = call.get("function") if isinstance(call, Mapping) and "function" in call else call
+        calls.append(read_call(inner, f"{field}[{place}]"))
+    return tuple(calls)
+
+
+def _train(message: Mapping[str, object], field: str) -> bool | None:
+    value = message.get("train")
+    if value is not None and not isinstance(value, bool):
+        raise RowError("not a boolean", field=f"{field}.train", found=describe(value), expected="true or false")
+    return value
+
+
+def _weight(message: Mapping[str, object], field: str) -> float:
+    value = message.get("weight")
+    if value is None:
+        return 1.0
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+        raise RowError("not a weight", field=f"{field}.weight", found=describe(value), expected="a number from 0 up")
+    return float(value)

@@ -1,0 +1,120 @@
+"""One data set -> canonical records, with what was wrong in the other rows."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from itertools import islice
+
+from llamafactory.data.data_report import LostRow
+from llamafactory.data.formats import Record, RowFormat, find_format
+from llamafactory.data.order import sample_order
+from llamafactory.data.row_error import RowError
+from llamafactory.data.sources import SourceRow, read_source
+from llamafactory.data.types import Conversation, DatasetSpec, Feedback, Message, Preference
+from llamafactory.extras.log import warn
+
+_PLACEHOLDER = re.compile(r"\{\{\s*(\w+)\s*\}\}")
+_MEANT_AS_VARIABLES = frozenset({"name", "author"})
+
+
+@dataclass(kw_only=True)
+class RecordReader:
+    """Reads one data set; after the last record, the other attributes hold what was seen on the way.
+
+    Attributes:
+        spec: the data set.
+        max_samples: rows to read at most, None: all.
+        seed: decides which rows `num_samples` takes.
+        variables: values for `{{key}}` placeholders in texts.
+        num_rows: rows read so far.
+        lost: rows that broke a rule.
+    """
+
+    spec: DatasetSpec
+    max_samples: int | None = None
+    seed: int = 0
+    variables: Mapping[str, str] = field(default_factory=dict)
+    num_rows: int = 0
+    lost: list[LostRow] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Start the fingerprint."""
+        self._hash = sha256()
+
+    @property
+    def fingerprint(self) -> str:
+        """Sha256 of the rows read so far, in order."""
+        return self._hash.hexdigest()
+
+    def lose(self, origin: str, error: RowError) -> None:
+        """Note a row that cannot be used."""
+        self.lost.append(LostRow.from_error(self.spec.name, origin, error))
+
+    def __iter__(self) -> Iterator[tuple[str, Record]]:
+        """Origin and record of each row that keeps the rules."""
+        row_format = find_format(self.spec.formatting)
+        for row in self._rows():
+            self.num_rows += 1
+            self._hash.update(json.dumps(row.values, default=str, sort_keys=True).encode())
+            try:
+                record = self._read(row, row_format)
+            except RowError as error:
+                self.lose(row.origin, error)
+                continue
+            yield row.origin, record
+
+    def _rows(self) -> Iterator[SourceRow]:
+        rows = read_source(self.spec)
+        if (wanted := self.spec.num_samples) is not None:
+            listed = list(rows)
+            rows = (listed[number] for number in sample_order(len(listed), wanted, self.seed))
+        return islice(rows, self.max_samples)
+
+    def _read(self, row: SourceRow, row_format: RowFormat) -> Record:
+        if row.fault is not None:
+            raise row.fault
+        return fill_variables(row_format.read_row(row.values, self.spec, row.origin), self.variables, self.spec.name)
+
+
+def fill_variables(record: Record, variables: Mapping[str, str], dataset: str) -> Record:
+    """The record with `{{key}}` replaced in its texts for each key of `variables`; other braces stay.
+
+    `{{name}}` and `{{author}}` are known from identity data; left unfilled they bring one warning.
+    """
+
+    def fill(message: Message) -> Message:
+        if "{{" not in message.content:
+            return message
+        content = _PLACEHOLDER.sub(lambda match: variables.get(match[1], match[0]), message.content)
+        for word in sorted(_MEANT_AS_VARIABLES.intersection(_PLACEHOLDER.findall(content)) - variables.keys()):
+            warn(
+                f"rows of '{dataset}' hold the placeholder {{{{{word}}}}}, and it is trained as written; "
+                f"set data_variables: {{{word}: ...}} to fill it",
+                once=True,
+            )
+        return replace(message, content=content)
+
+    match record:
+        case Preference():
+            prompt = _with_messages(record.prompt, fill)
+            return Preference(prompt=prompt, chosen=fill(record.chosen), rejected=fill(record.rejected))
+        case Feedback():
+            return replace(record, conversation=_with_messages(record.conversation, fill))
+        case _:
+            return _with_messages(record, fill)
+
+
+def _with_messages(conversation: Conversation, fill: Callable[[Message], Message]) -> Conversation:
+    if not any("{{" in message.content for message in conversation.messages):
+        return conversation
+    return replace(conversation, messages=tuple(fill(message) for message in conversation.messages))
+
+
+def chunked(records: Iterator[tuple[str, Record]], size: int) -> Iterator[Sequence[tuple[str, Record]]]:
+    """Lists of up to `size` records."""
+    while chunk := list(islice(records, size)):
+        yield chunk

@@ -1,0 +1,1 @@
+"""Chat templates as data: every `*.toml` file here holds entries, one table a template, grouped by vendor."""

@@ -1,0 +1,191 @@
+"""The records that data passes through: row -> Conversation -> Turn -> Segment -> Example.
+
+Pure data: nothing here imports torch, transformers or datasets, reads a file, or knows a template.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
+IGNORE_INDEX = -100
+"""Label of a position that is not supervised (the value that torch's cross-entropy ignores)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ToolCall:
+    """One call of a function. `arguments` is a JSON text, as in OpenAI's protocol."""
+
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Message:
+    """One message of a conversation.
+
+    An assistant message may hold text, tool calls, or both (text first). `train` None means "as the
+    masking options say".
+    """
+
+    role: Role
+    content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    train: bool | None = None
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Conversation:
+    """A dialogue in the canonical (OpenAI-like) form, whatever format its row had.
+
+    At most one system message, first. `tools` are JSON-schema function descriptions; None where the row does not speak
+    of tools, empty where it says that there are none (named templates then write a system block, if an empty one).
+    `origin` names the row for messages to people: `file.json:12` or `dataset#12`.
+    """
+
+    messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, object], ...] | None = None
+    origin: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preference:
+    """Two answers to one prompt, the first preferred."""
+
+    prompt: Conversation
+    chosen: Message
+    rejected: Message
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Feedback:
+    """A conversation whose last answer a person liked or did not like."""
+
+    conversation: Conversation
+    is_desirable: bool
+
+
+class Piece(NamedTuple):
+    """A piece of text before anybody asked whether it is supervised.
+
+    `is_literal` marks text that came from a row: special-token strings inside it are plain text.
+    """
+
+    text: str
+    is_literal: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Segment:
+    """A piece of rendered text that is supervised as a whole or not at all.
+
+    `is_literal` marks text that came from a row: special-token strings inside it are plain text. A template may leave
+    row text unmarked that holds no such string.
+    """
+
+    text: str
+    trainable: bool
+    weight: float = 1.0
+    is_literal: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Turn:
+    """What the model sees before an answer, and the answer with its stop.
+
+    `message_index` says which message of the conversation is the answer. Segments at the end of `answer` that are not
+    trainable are what the template writes after the stop of the last answer.
+    """
+
+    prompt: tuple[Segment, ...]
+    answer: tuple[Segment, ...]
+    message_index: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Example:
+    """Token ids and labels of one training sequence.
+
+    Attributes:
+        input_ids: int32 `[time]`.
+        labels: int32 `[time]`; `IGNORE_INDEX` where not supervised, else equal to `input_ids` (not shifted).
+        weights: float32 `[time]` loss weight of each label, or None when all are 1.
+        num_cut: tokens that truncation removed.
+    """
+
+    input_ids: NDArray[np.int32]
+    labels: NDArray[np.int32]
+    weights: NDArray[np.float32] | None = None
+    num_cut: int = 0
+
+    def __len__(self) -> int:
+        """Number of tokens."""
+        return len(self.input_ids)
+
+    @property
+    def num_supervised(self) -> int:
+        """Supervised tokens that can be predicted, that is, all but a supervised first token."""
+        return int((self.labels[1:] != IGNORE_INDEX).sum())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MaskOptions:
+    """Which turns of a conversation carry loss."""
+
+    train_on_prompt: bool = False
+    mask_history: bool = False
+
+
+class Template(Protocol):
+    """Renders conversations as a model reads them; one object serves training, chat and evaluation."""
+
+    @property
+    def name(self) -> str:
+        """The name shown to people."""
+        ...
+
+    @property
+    def stop_words(self) -> tuple[str, ...]:
+        """Texts that end an answer, besides the tokenizer's own end token."""
+        ...
+
+    @property
+    def is_tokenized_whole(self) -> bool:
+        """Whether token ids are those of the whole text (a tokenizer's own template), not of each turn's parts."""
+        ...
+
+    def render(self, conversation: Conversation) -> Sequence[tuple[Turn, ...]]:
+        """Turns of a whole dialogue.
+
+        Returns one sequence of turns where a single rendering is what inference sees for every answer, else one
+        sequence for each answer.
+        """
+        ...
+
+    def render_prompt(self, conversation: Conversation) -> tuple[Segment, ...]:
+        """The text before the next answer: history and generation prompt, nothing trainable."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DatasetSpec:
+    """One entry of `dataset_info.json`, with its defaults filled in."""
+
+    name: str
+    source: Literal["file", "hub"]
+    location: str
+    formatting: str = "alpaca"
+    is_ranking: bool = False
+    subset: str | None = None
+    split: str = "train"
+    folder: str | None = None
+    num_samples: int | None = None
+    columns: Mapping[str, str | None] = field(default_factory=dict[str, str | None])
+    tags: Mapping[str, str | None] = field(default_factory=dict[str, str | None])
