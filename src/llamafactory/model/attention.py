@@ -1,0 +1,94 @@
+"""Attention that never crosses a segment: the exact path for rows laid end to end (padding-free and packed batches).
+
+Registered with transformers' AttentionInterface under the name `segments`. A batch that carries `segment_lengths` gets
+one causal SDPA call a segment and no mask at all; any other call (generation, padded batches) goes to the stock SDPA
+path with its stock mask, so one loaded model serves both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "segments"
+
+
+def register() -> str:
+    """Makes the attention known to transformers (safe to call again).
+
+    Returns:
+        The name to pass as `attn_implementation`.
+    """
+    AttentionInterface.register(NAME, segment_attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    return NAME
+
+
+def no_mask(device: torch.device | str) -> torch.Tensor:
+    """A 4-D placeholder, which transformers hands through as "already prepared" instead of building a T x T mask."""
+    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+
+
+def segment_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    segment_lengths: Sequence[int] | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each segment of one flat row.
+
+    Args:
+        module: the attention layer (for the stock path).
+        query: `[1, heads, time, head_dim]`.
+        key: `[1, kv_heads, time, head_dim]`; fewer heads than `query` in grouped-query attention.
+        value: as `key`.
+        attention_mask: ignored where `segment_lengths` is given.
+        dropout: attention dropout probability.
+        scaling: factor on the scores; None means `head_dim ** -0.5`.
+        segment_lengths: tokens of each segment, summing to `time`.
+        sliding_window: a token sees itself and the `sliding_window - 1` tokens before it.
+
+    Returns:
+        `[1, time, heads, head_dim]` and None for the attention weights.
+    """
+    if segment_lengths is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    grouped = query.shape[1] != key.shape[1]
+    lengths = list(segment_lengths)
+    pieces = [
+        F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=_band_mask(q.shape[2], sliding_window, q.device),
+            dropout_p=dropout,
+            is_causal=sliding_window is None or q.shape[2] <= sliding_window,
+            scale=scaling,
+            enable_gqa=grouped,
+        )
+        for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+    ]
+    return torch.cat(pieces, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _band_mask(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:
+    """Boolean `[length, length]` mask of a causal sliding window, or None where the window is not reached."""
+    if window is None or length <= window:
+        return None
+    positions = torch.arange(length, device=device)
+    distance = positions[:, None] - positions[None, :]
+    return (distance >= 0) & (distance < window)

@@ -1,0 +1,157 @@
+"""The only `from_pretrained` calls: tokenizer, config and weights, with one clear error for each way to fail."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from llamafactory.extras.errors import LlamaFactoryError
+from llamafactory.model.embedded import resolve_model_path
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+    from llamafactory.hparams.model import ModelConfig
+
+T = TypeVar("T")
+
+
+def load_tokenizer(cfg: ModelConfig, *, eos_token: str | None = None) -> PreTrainedTokenizerFast:
+    """Loads the tokenizer; a missing pad token becomes the end token (padding is masked by position, never by id).
+
+    Args:
+        cfg: names the model.
+        eos_token: end token that a template puts in place of the tokenizer's own.
+
+    Raises:
+        LlamaFactoryError: not found, not a fast (Rust) tokenizer, or without any end token.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    path = model_path(cfg)
+    override = {"eos_token": eos_token} if eos_token else {}
+    tokenizer = _loading(
+        cfg, lambda: AutoTokenizer.from_pretrained(path, use_fast=True, **_hub_options(cfg), **override)
+    )
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise LlamaFactoryError(
+            f"{cfg.model_name_or_path}: its tokenizer has no fast (tokenizer.json) form, which this project needs. "
+            "Convert it with transformers and save it beside the model."
+        )
+    if tokenizer.eos_token_id is None:
+        raise LlamaFactoryError(f"{cfg.model_name_or_path}: the tokenizer has no end token (eos_token).")
+    if tokenizer.pad_token_id is None:
+        tokenizer = _loading(
+            cfg,
+            lambda: AutoTokenizer.from_pretrained(
+                path, use_fast=True, pad_token=tokenizer.eos_token, **_hub_options(cfg), **override
+            ),
+        )
+    return tokenizer
+
+
+def load_model_config(cfg: ModelConfig) -> PreTrainedConfig:
+    """Loads the model's config without its weights."""
+    from transformers import AutoConfig
+
+    path = model_path(cfg)
+    return _loading(cfg, lambda: AutoConfig.from_pretrained(path, **_hub_options(cfg)))
+
+
+def load_model(cfg: ModelConfig, *, dtype: str, attention: str, device: str | None = None) -> PreTrainedModel:
+    """Loads a causal language model.
+
+    Args:
+        cfg: names the model.
+        dtype: dtype of the weights: float32, bfloat16 or float16.
+        attention: attention implementation; `segments` is registered here.
+        device: where to put the weights; None leaves them on the CPU (accelerate places them in training).
+
+    Raises:
+        LlamaFactoryError: not found, or not a causal language model.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from llamafactory.model import attention as segment_attention
+
+    if attention == segment_attention.NAME:
+        segment_attention.register()
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": attention}
+    if cfg.train_from_scratch:
+        config = load_model_config(cfg)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=cfg.trust_remote_code, **options)
+    else:
+        path = model_path(cfg)
+        model = _loading(cfg, lambda: AutoModelForCausalLM.from_pretrained(path, **_hub_options(cfg), **options))
+    return model.to(device) if device else model
+
+
+def model_path(cfg: ModelConfig) -> str:
+    """The folder or hub id to load from; the embedded default model is unpacked on first use."""
+    name = cfg.model_name_or_path or ""
+    return resolve_model_path(name, offline=cfg.offline)
+
+
+def adapter_folders(cfg: ModelConfig) -> tuple[Path, ...]:
+    """Local folders of the adapters, downloaded where they are hub ids.
+
+    Raises:
+        LlamaFactoryError: a folder has no `adapter_config.json`.
+    """
+    folders = []
+    for name in cfg.adapter_name_or_path:
+        folder = Path(name)
+        if not folder.is_dir():
+            folder = _download(cfg, name)
+        folder = folder / cfg.adapter_folder if cfg.adapter_folder else folder
+        if not (folder / "adapter_config.json").is_file():
+            raise LlamaFactoryError(
+                f"adapter_name_or_path: {folder} holds no adapter_config.json. Give the output_dir of a LoRA run, or "
+                "one of its checkpoint-N folders."
+            )
+        folders.append(folder)
+    return tuple(folders)
+
+
+def _download(cfg: ModelConfig, name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    return Path(
+        _loading(
+            cfg,
+            lambda: snapshot_download(
+                name, cache_dir=cfg.cache_dir, token=cfg.hf_hub_token, local_files_only=cfg.offline
+            ),
+        )
+    )
+
+
+def _hub_options(cfg: ModelConfig) -> dict[str, Any]:
+    """Options that every `from_pretrained` call gets, so that a revision applies to each file."""
+    return {
+        "revision": cfg.model_revision,
+        "cache_dir": cfg.cache_dir,
+        "token": cfg.hf_hub_token,
+        "trust_remote_code": cfg.trust_remote_code,
+        "local_files_only": cfg.offline,
+    }
+
+
+def _loading(cfg: ModelConfig, load: Callable[[], T]) -> T:
+    """Runs a loading call and turns the library's long traces into one message; its bars show on a terminal only."""
+    from transformers.utils import logging as library_log
+
+    if not sys.stderr.isatty():
+        library_log.disable_progress_bar()
+    try:
+        return load()
+    except (OSError, ValueError, KeyError) as error:
+        first_line = str(error).strip().split("\n")[0]
+        raise LlamaFactoryError(
+            f"model_name_or_path: cannot load {cfg.model_name_or_path!r}: {type(error).__name__}: {first_line}\n"
+            "Give a folder that holds config.json, tokenizer.json and *.safetensors, a hub id that this machine can "
+            "reach, or SmolLM2-135M-Instruct, which comes with the project."
+        ) from error
