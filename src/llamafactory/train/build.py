@@ -1,0 +1,254 @@
+"""Puts the parts of a run together: text, model, batches, optimizer. Each function returns something ready-made."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llamafactory.data.template_choice import build_template, find_record
+from llamafactory.extras import log
+from llamafactory.extras.errors import ConfigError, Problem
+from llamafactory.extras.files import give_usual_modes
+from llamafactory.model.loader import adapter_folders, load_model, load_tokenizer
+from llamafactory.model.memory import step_flops
+from llamafactory.model.method import apply_method, load_method
+from llamafactory.extras.hardware import measure_gemm_peak
+from llamafactory.train.checkpoint import RunState, load_state, restore_training
+from llamafactory.train.feed import Feed
+from llamafactory.train.loop import Job
+from llamafactory.train.optim import build_optimizer
+from llamafactory.train.schedule import build_schedule
+from llamafactory.train.stage import Models, load_stage
+from llamafactory.train.step import StageModule
+from llamafactory.train.windows import Schedule, packed_items, single_items
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from accelerate import Accelerator
+    from torch import nn
+    from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+
+    from llamafactory.data.pipeline import PreparedData
+    from llamafactory.data.types import Example, Template
+    from llamafactory.hparams.model import ModelConfig
+    from llamafactory.hparams.run_config import RunConfig
+    from llamafactory.hparams.section import Section
+    from llamafactory.train.output_dir import Claim
+    from llamafactory.model.plan import ModelPlan
+
+
+def load_text(cfg: RunConfig) -> tuple[PreTrainedTokenizerFast, Template]:
+    """Loads the tokenizer, with the end token that the template asks for, and the template."""
+    name = cfg.data.template
+    record = None if name in (None, "auto") else find_record(name)
+    end = record.stop_words[0] if record and record.replace_eos and record.stop_words else None
+    tokenizer = load_tokenizer(cfg.model, eos_token=end)
+    template = build_template(
+        name, tokenizer, default_system=cfg.data.default_system, enable_thinking=cfg.data.enable_thinking
+    )
+    return tokenizer, template
+
+
+def start_accelerator(cfg: RunConfig, plan: ModelPlan) -> Accelerator:
+    """Starts accelerate for this process (alone or one of many) and seeds every generator."""
+    from accelerate import Accelerator, InitProcessGroupKwargs
+    from transformers import enable_full_determinism, set_seed
+
+    accelerator = Accelerator(
+        mixed_precision=plan.autocast,
+        cpu=cfg.train.use_cpu,
+        log_with=list(cfg.train.report_to) or None,
+        project_dir=cfg.train.output_dir,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=cfg.train.ddp_timeout))],
+    )
+    if cfg.train.full_determinism:
+        enable_full_determinism(cfg.train.seed)
+    else:
+        set_seed(cfg.train.seed)
+    return accelerator
+
+
+def load_policy(cfg: RunConfig, plan: ModelPlan, *, resume_from: Path | None) -> nn.Module:
+    """Loads the model that is trained, with its adapter; a resumed run takes its weights from the checkpoint.
+
+    Args:
+        cfg: the resolved configuration.
+        plan: dtype, attention and checkpointing.
+        resume_from: checkpoint folder, or None.
+    """
+    source, folders = cfg.model, adapter_folders(cfg.model)
+    options = cfg.adapter_options
+    if resume_from is not None:
+        source, options, folders = _resumed(cfg, resume_from, folders)
+    model = load_model(source, dtype=plan.weight_dtype, attention=plan.attention)
+    policy = apply_method(
+        model, cfg.train.finetuning_type, options, adapters=folders, trainable=cfg.train.do_train
+    )
+    if plan.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": cfg.model.use_reentrant_gc})
+        if cfg.model.use_reentrant_gc:
+            model.enable_input_require_grads()
+    return policy
+
+
+def _resumed(
+    cfg: RunConfig, checkpoint: Path, adapters: tuple[Path, ...]
+) -> tuple[ModelConfig, Section, tuple[Path, ...]]:
+    """Where a resumed run finds its weights: the base with what was merged into it, then the checkpoint."""
+    method = load_method(cfg.train.finetuning_type)
+    if not method.saves_adapter:
+        return cfg.model.model_copy(update={"model_name_or_path": str(checkpoint), "train_from_scratch": False}), cfg.adapter_options, ()
+    merged = method.merged_before(cfg.adapter_options, adapters)
+    options = cfg.adapter_options
+    if "create_new_adapter" in type(options).model_fields:
+        options = options.model_copy(update={"create_new_adapter": False})
+    return cfg.model, options, (*merged, checkpoint)
+
+
+def assemble_job(
+    cfg: RunConfig,
+    claim: Claim,
+    *,
+    plan: ModelPlan,
+    data: PreparedData,
+    policy: nn.Module,
+    tokenizer: PreTrainedTokenizerFast,
+    model_config: PreTrainedConfig,
+    accelerator: Accelerator,
+) -> Job:
+    """Puts together what the loop needs, and places it on the devices.
+
+    Args:
+        cfg: the resolved configuration.
+        claim: output folder and checkpoint to continue.
+        plan: of the model.
+        data: training and evaluation examples.
+        policy: the model, with its adapter.
+        tokenizer: saved beside the weights.
+        model_config: for the FLOP count.
+        accelerator: of the run.
+    """
+    train = cfg.train
+    stage = load_stage(train.stage)
+    module: Any = StageModule(stage, Models(policy=policy, plan=plan), cfg.stage_options)
+    optimizer = build_optimizer(module, train, device=accelerator.device.type) if train.do_train else None
+    feed = partial(build_feed, cfg, plan, pad_id=tokenizer.pad_token_id, num_ranks=accelerator.num_processes)
+    training = feed(data.train, training=True)
+    total_steps = training.schedule.total_windows(max_steps=train.max_steps, num_epochs=train.num_train_epochs)
+    scheduler = build_schedule(optimizer, train, total_steps=total_steps) if optimizer else None
+    start = RunState(
+        run_id=claim.run_id, step=0, epoch=0.0, scheduler={}, log_history=[], num_supervised_tokens=0, seconds=0.0
+    )
+    if claim.resume_from is not None and optimizer is not None and scheduler is not None:
+        start = load_state(claim.resume_from)
+        restore_training(claim.resume_from, optimizer)
+        scheduler.load_state_dict({**scheduler.state_dict(), **start.scheduler})
+    writer = model_writer(policy, tokenizer)
+    module, prepared = accelerator.prepare(module, optimizer) if optimizer else (accelerator.prepare(module), None)
+    flops = partial(_flops, model_config, load_method(train.finetuning_type).trains_base)
+    return Job(
+        cfg=train, output_dir=claim.output_dir, run_id=claim.run_id, accelerator=accelerator, module=module,
+        optimizer=prepared, scheduler=scheduler, feed=training,
+        evaluation={_prefix(name): feed(examples, training=False) for name, examples in data.evaluation.items()},
+        total_steps=total_steps, start=start, write_model=writer, step_flops=flops,
+        peak_flops=_peak_flops(plan) * accelerator.num_processes,
+    )  # fmt: skip
+
+
+def data_seed(cfg: RunConfig) -> int:
+    """Seed of everything that concerns rows."""
+    return cfg.train.seed if cfg.train.data_seed is None else cfg.train.data_seed
+
+
+def say_lines(lines: Sequence[str]) -> None:
+    """Prints facts for people, one a line."""
+    for line in lines:
+        log.info(line)
+
+
+def _flops(config: PreTrainedConfig, full: bool, lengths: list[int], num_targets: int) -> int | None:
+    return step_flops(config, lengths=lengths, num_targets=num_targets, full=full)
+
+
+def _peak_flops(plan: ModelPlan) -> float:
+    """FLOP/s of one device in the dtype that the run computes in."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(plan.autocast, getattr(torch, plan.weight_dtype))
+    return measure_gemm_peak(plan.device, dtype, size=1024 if plan.device == "cpu" else 8192)
+
+
+def _prefix(name: str) -> str:
+    return name if name == "eval" else f"eval_{name}"
+
+
+def build_feed(
+    cfg: RunConfig, plan: ModelPlan, examples: Sequence[Example], *, pad_id: int, num_ranks: int, training: bool
+) -> Feed:
+    """Batches over examples, for training or for evaluation.
+
+    Packed bins hold at most `cutoff_len` tokens and count as one item of `per_device_train_batch_size`.
+    """
+    train = cfg.train
+    packs = training and bool(cfg.data.packing or cfg.data.neat_packing)
+    sizes = [len(example) for example in examples]
+    items = packed_items(sizes, cfg.data.cutoff_len) if packs else single_items(len(sizes))
+    if packs:
+        filled = sum(sizes) / (len(items) * cfg.data.cutoff_len)
+        log.info(f"packing: {len(sizes)} rows in {len(items)} bins of {cfg.data.cutoff_len} tokens, {filled:.0%} full")
+    schedule = Schedule(
+        items=items,
+        lengths=[sum(sizes[index] for index in item) for item in items],
+        items_per_device=train.per_device_train_batch_size if training else train.per_device_eval_batch_size,
+        accumulation=train.gradient_accumulation_steps if training else 1,
+        num_ranks=num_ranks,
+        micro_batch_tokens=plan.micro_batch_tokens,
+        seed=data_seed(cfg),
+        shuffle=training and not train.disable_shuffling,
+    )
+    return Feed(examples=examples, schedule=schedule, layout=plan.layout, pad_id=pad_id)
+
+
+def model_writer(policy: nn.Module, tokenizer: PreTrainedTokenizerFast) -> Callable[[Path], None]:
+    """A function that writes weights and tokenizer files into a folder, in the layout that plain peft loads."""
+    return partial(_write_model, policy, tokenizer)
+
+
+def _write_model(policy: Any, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    if hasattr(policy, "peft_config"):
+        policy.save_pretrained(str(folder), save_embedding_layers=False)
+        (folder / "README.md").unlink(missing_ok=True)
+    else:
+        policy.save_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder))
+    give_usual_modes(folder)
+
+
+def trainable_report(policy: nn.Module) -> tuple[int, int, str]:
+    """Counts what is trained.
+
+    Returns:
+        Trainable and total parameters, and the kinds of module that hold the trainable ones, each with its number, so
+        that a pattern that missed shows: `q_proj x 30, v_proj x 30`.
+    """
+    kinds: dict[str, set[str]] = {}
+    for name, parameter in policy.named_parameters():
+        if parameter.requires_grad:
+            module = re.split(r"\.(?:lora_|modules_to_save|weight$|bias$)", name)[0]
+            kinds.setdefault(module.rsplit(".", 1)[-1], set()).add(module)
+    total = sum(parameter.numel() for parameter in policy.parameters())
+    trained = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
+    return trained, total, ", ".join(f"{kind} x {len(modules)}" for kind, modules in sorted(kinds.items()))
+
+
+def require_trainable(num_trainable: int) -> None:
+    """Refuses a run that would train nothing."""
+    if num_trainable == 0:
+        raise ConfigError(
+            Problem(key="finetuning_type", message="no parameter is trainable", fix="check lora_target and freeze keys")
+        )

@@ -1,0 +1,137 @@
+"""What a run says while it trains: `trainer_log.jsonl` with the compatible keys, and a line or a bar for people."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from llamafactory.extras import log
+
+LOG_FILE = "trainer_log.jsonl"
+
+
+class RunLog:
+    """Writes log rows to disk and shows progress.
+
+    On a terminal a bar with the remaining time stays at the bottom; elsewhere each row is one plain line. A log file
+    that cannot be written is said once and never stops the training.
+    """
+
+    def __init__(
+        self, output_dir: Path, *, total_steps: int, done_steps: int, history: list[dict[str, Any]], bar: bool | None
+    ) -> None:
+        """Starts a log.
+
+        Args:
+            output_dir: of the run.
+            total_steps: optimizer steps of the whole run.
+            done_steps: steps done before this process (resume).
+            history: rows logged before this process.
+            bar: True or False forces the bar on or off; None shows it on a terminal only.
+        """
+        self.history = list(history)
+        self._path = output_dir / LOG_FILE
+        self._total, self._first = total_steps, done_steps
+        self._start = time.monotonic()
+        self._is_main = log.is_main_process()
+        wants_bar = sys.stderr.isatty() if bar is None else bar
+        self._bar = _Bar(total_steps, done_steps) if wants_bar and self._is_main else None
+
+    def __enter__(self) -> RunLog:
+        """Shows the bar, where there is one."""
+        if self._bar:
+            self._bar.progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Takes the bar away."""
+        if self._bar:
+            self._bar.progress.stop()
+
+    @property
+    def seconds(self) -> float:
+        """Since this log was started."""
+        return time.monotonic() - self._start
+
+    def stage(self, name: str) -> None:
+        """Names what is going on now: training, evaluating, saving."""
+        if self._bar:
+            self._bar.progress.update(self._bar.task, description=name)
+
+    def advance(self, step: int) -> None:
+        """Moves the bar to `step`."""
+        if self._bar:
+            self._bar.progress.update(self._bar.task, completed=step)
+
+    def write(self, step: int, epoch: float, values: dict[str, Any]) -> None:
+        """Logs one row.
+
+        Args:
+            step: optimizer steps done.
+            epoch: passes over the data done.
+            values: for example loss, lr, grad_norm, eval_loss; None values are left out.
+        """
+        rate = self.seconds / max(1, step - self._first)
+        row = {
+            "current_steps": step,
+            "total_steps": self._total,
+            **{key: value for key, value in values.items() if value is not None},
+            "epoch": round(epoch, 4),
+            "percentage": round(100 * step / self._total, 2) if self._total else 100.0,
+            "elapsed_time": _clock(self.seconds),
+            "remaining_time": _clock(rate * (self._total - step)),
+        }
+        self.history.append(row)
+        if not self._is_main:
+            return
+        try:
+            with self._path.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(row) + "\n")
+        except OSError as error:
+            log.warn(f"{self._path} cannot be written ({error}); training goes on", once=True)
+        self._show(_line(row))
+
+    def _show(self, line: str) -> None:
+        if self._bar:
+            self._bar.progress.console.print(line, highlight=False, markup=False)
+        else:
+            log.info(line)
+
+
+class _Bar:
+    """A rich progress bar with remaining time."""
+
+    def __init__(self, total: int, done: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import TimeRemainingColumn
+
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("elapsed"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+        )
+        self.task = self.progress.add_task("training", total=total, completed=done)
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=int(seconds)))
+
+
+def _line(row: dict[str, Any]) -> str:
+    shown = [f"step {row['current_steps']}/{row['total_steps']}", f"epoch {row['epoch']:.2f}"]
+    formats = {"loss": "loss {:.4f}", "lr": "lr {:.2e}", "grad_norm": "grad norm {:.3f}",
+               "throughput": "{:.0f} supervised tokens/s", "mfu": "MFU {:.0%}"}  # fmt: skip
+    shown += [text.format(row[key]) for key, text in formats.items() if key in row]
+    shown += [f"{key} {value:.4f}" for key, value in row.items() if key.startswith("eval_") and "loss" in key]
+    return " · ".join([*shown, f"{row['elapsed_time']} elapsed", f"{row['remaining_time']} left"])

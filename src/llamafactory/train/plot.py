@@ -1,0 +1,49 @@
+"""Loss curves as PNG files, raw and smoothed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+SMOOTHING = 0.8
+"""Weight of the past in the exponential moving average."""
+
+
+def plot_curves(output_dir: Path, history: Sequence[Mapping[str, Any]]) -> list[Path]:
+    """Draws `training_<key>.png` for the loss and each evaluation loss that the log holds.
+
+    Returns:
+        The files written; a curve of fewer than two points is not drawn.
+    """
+    keys = dict.fromkeys(key for row in history for key in row if key == "loss" or key.endswith("_loss"))
+    written = []
+    for key in keys:
+        points = [(row["current_steps"], row[key]) for row in history if key in row]
+        if len(points) > 1:
+            written.append(_draw(output_dir / f"training_{key.replace('/', '_')}.png", key, points))
+    return written
+
+
+def smooth(values: Sequence[float], weight: float = SMOOTHING) -> list[float]:
+    """Exponential moving average that starts at the first value."""
+    smoothed: list[float] = []
+    for value in values:
+        smoothed.append(value if not smoothed else weight * smoothed[-1] + (1 - weight) * value)
+    return smoothed
+
+
+def _draw(path: Path, key: str, points: Sequence[tuple[int, float]]) -> Path:
+    from matplotlib.figure import Figure
+
+    steps, values = [point[0] for point in points], [point[1] for point in points]
+    figure = Figure(figsize=(7, 4.2), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(steps, values, color="#9db7d5", linewidth=1.2, label="logged")
+    axes.plot(steps, smooth(values), color="#1f4e8c", linewidth=2, label="smoothed")
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel(f"{key} (nats per supervised token)")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    figure.savefig(path)
+    return path

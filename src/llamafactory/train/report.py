@@ -1,0 +1,132 @@
+"""The files that a run leaves behind besides weights: results, `run.json`, the model card."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llamafactory.extras.files import write_json
+from llamafactory.model.method import load_method
+
+if TYPE_CHECKING:
+    from llamafactory.hparams.run_config import RunConfig
+
+_PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "peft", "datasets", "safetensors", "numpy", "pydantic")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunResult:
+    """What a run leaves behind.
+
+    Attributes:
+        output_dir: its folder.
+        metrics: everything that is in `all_results.json`.
+        exit_code: 0 done; 130 or 143 stopped by a signal after saving.
+        summary: the true last line.
+    """
+
+    output_dir: Path
+    metrics: Mapping[str, float]
+    exit_code: int
+    summary: str
+
+
+def write_results(output_dir: Path, split: str, metrics: Mapping[str, float]) -> None:
+    """Writes `<split>_results.json` and adds the same values to `all_results.json`."""
+    write_json(output_dir / f"{split}_results.json", dict(metrics))
+    combined = output_dir / "all_results.json"
+    before = json.loads(combined.read_text(encoding="utf-8")) if combined.is_file() else {}
+    write_json(combined, {**before, **metrics})
+
+
+def run_record(
+    cfg: RunConfig, *, run_id: str, state: str, plan: Mapping[str, Any], data: Mapping[str, Any], **more: Any
+) -> dict[str, Any]:
+    """What is needed to run the same thing again, secrets masked.
+
+    Args:
+        cfg: the resolved configuration.
+        run_id: of the run.
+        state: running, finished, interrupted or failed.
+        plan: the model plan.
+        data: the data report with its fingerprints.
+        **more: further facts, for example trainable parameters.
+    """
+    return {
+        "format": 1,
+        "run_id": run_id,
+        "state": state,
+        "config": cfg.flat(mask_secrets=True),
+        "plan": dict(plan),
+        "data": dict(data),
+        "packages": package_versions(),
+        "git_commit": git_commit(Path(__file__).parent),
+        **more,
+    }
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that numbers depend on."""
+    from llamafactory import __version__
+
+    versions = {"llamafactory": __version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def git_commit(start: Path) -> str | None:
+    """Commit of the checkout that `start` lies in, read from `.git` without running git; None outside of one."""
+    for folder in (start, *start.parents):
+        head = folder / ".git" / "HEAD"
+        if not head.is_file():
+            continue
+        text = head.read_text(encoding="utf-8").strip()
+        if not text.startswith("ref: "):
+            return text
+        reference = folder / ".git" / text.removeprefix("ref: ")
+        return reference.read_text(encoding="utf-8").strip() if reference.is_file() else None
+    return None
+
+
+def write_model_card(output_dir: Path, cfg: RunConfig, record: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+    """Writes `README.md`: base, method, data, figures and how to use the result."""
+    train, base = cfg.train, cfg.model.model_name_or_path
+    is_adapter = load_method(train.finetuning_type).saves_adapter
+    tags = ["llama-factory", train.finetuning_type, train.stage]
+    front = ["---", *(["library_name: peft"] if is_adapter else ["library_name: transformers"]), f"base_model: {base}",
+             "tags:", *(f"- {tag}" for tag in tags), "---"]  # fmt: skip
+    figures = [f"| {name} | {value:.6g} |" for name, value in metrics.items()]
+    keys = {"dataset": ", ".join(cfg.data.dataset), "template": cfg.data.template or "auto",
+            "cutoff_len": cfg.data.cutoff_len, "learning_rate": train.learning_rate,
+            "lr_scheduler_type": train.lr_scheduler_type, "num_train_epochs": train.num_train_epochs,
+            "per_device_train_batch_size": train.per_device_train_batch_size,
+            "gradient_accumulation_steps": train.gradient_accumulation_steps, "seed": train.seed}  # fmt: skip
+    settings = [f"| {name} | {value} |" for name, value in keys.items()]
+    versions = ", ".join(f"{name} {version}" for name, version in record["packages"].items())
+    use = (
+        f"llamafactory-cli chat model_name_or_path={base} adapter_name_or_path={output_dir}"
+        if is_adapter
+        else f"llamafactory-cli chat model_name_or_path={output_dir}"
+    )
+    title = cfg.train.run_name or output_dir.name
+    body = [
+        f"# {title}",
+        "",
+        f"{train.finetuning_type} fine-tune ({train.stage}) of `{base}`, "
+        f"{record.get('trainable_parameters', 0):,} trained parameters.",
+        "", "## Figures", "", "| metric | value |", "|---|---|", *figures,
+        "", "## Settings", "", "| key | value |", "|---|---|", *settings,
+        "", "The whole configuration, data fingerprints and versions are in `run.json`.",
+        "", "## Use", "", "```", use, "```",
+        "", f"Made with {versions}.",
+    ]  # fmt: skip
+    (output_dir / "README.md").write_text("\n".join([*front, "", *body, ""]), encoding="utf-8")

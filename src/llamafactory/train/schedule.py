@@ -1,0 +1,38 @@
+"""Learning-rate schedules: transformers' factories, with the warm-up keys resolved to steps."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
+
+    from llamafactory.hparams.train import TrainConfig
+
+
+def warmup_steps(cfg: TrainConfig, total_steps: int) -> int:
+    """Warm-up in optimizer steps: `warmup_steps` if at least 1, else it or `warmup_ratio` as a share of the run."""
+    if cfg.warmup_steps >= 1:
+        return int(cfg.warmup_steps)
+    return math.ceil(total_steps * (cfg.warmup_steps or cfg.warmup_ratio))
+
+
+def build_schedule(optimizer: Optimizer, cfg: TrainConfig, *, total_steps: int) -> LRScheduler:
+    """Builds the schedule named `lr_scheduler_type` over `total_steps` optimizer steps."""
+    from transformers import get_scheduler
+
+    warmup = warmup_steps(cfg, total_steps)
+    options = dict(cfg.lr_scheduler_kwargs or {})
+    if cfg.lr_scheduler_type == "warmup_stable_decay":
+        stable = (total_steps - warmup) // 3
+        options.setdefault("num_stable_steps", stable)
+        options.setdefault("num_decay_steps", total_steps - warmup - options["num_stable_steps"])
+    return get_scheduler(
+        cfg.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=warmup,
+        num_training_steps=total_steps,
+        scheduler_specific_kwargs=options,
+    )

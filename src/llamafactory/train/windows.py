@@ -1,0 +1,93 @@
+"""Which examples make up each optimizer step, on every rank: pure functions of the order, no tensors.
+
+An *item* is what the user's batch size counts: one example, or one packed bin of examples. A *window* is one optimizer
+step: `batch size x accumulation x ranks` items, fewer in the last window of an epoch. Inside a window items may be
+grouped into any micro-batches, because the loss is divided by the window's global number of supervised tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from llamafactory.data.order import epoch_order
+from llamafactory.data.pack import pack_best_fit
+
+Item = tuple[int, ...]
+"""Indices of the examples that an item holds."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Schedule:
+    """How items become windows.
+
+    Attributes:
+        items: what there is to train on.
+        lengths: tokens of each item.
+        items_per_device: `per_device_train_batch_size`.
+        accumulation: `gradient_accumulation_steps`.
+        num_ranks: processes that train together.
+        micro_batch_tokens: tokens of one forward pass, or None to keep `items_per_device` items together.
+        seed: of the order of items.
+        shuffle: False keeps the order of the data in every epoch.
+    """
+
+    items: Sequence[Item]
+    lengths: Sequence[int]
+    items_per_device: int
+    accumulation: int
+    num_ranks: int
+    micro_batch_tokens: int | None
+    seed: int
+    shuffle: bool = True
+
+    @property
+    def items_per_window(self) -> int:
+        """Items of a full optimizer step over all ranks."""
+        return self.items_per_device * self.accumulation * self.num_ranks
+
+    @property
+    def windows_per_epoch(self) -> int:
+        """Optimizer steps of one pass over the items; the last may be smaller."""
+        return math.ceil(len(self.items) / self.items_per_window)
+
+    def total_windows(self, *, max_steps: int, num_epochs: float) -> int:
+        """Optimizer steps of the whole run: `max_steps` if positive, else as many as the epochs hold."""
+        return max_steps if max_steps > 0 else max(1, math.ceil(num_epochs * self.windows_per_epoch))
+
+    def window(self, step: int) -> list[list[list[Item]]]:
+        """The items of optimizer step `step` (0-based), for any step without looking at those before.
+
+        Returns:
+            For each rank its micro-batches, each a list of items. All ranks have equally many micro-batches; a rank
+            that has fewer items gets empty ones.
+        """
+        epoch, place = divmod(step, self.windows_per_epoch)
+        count = len(self.items)
+        order = epoch_order(count, self.seed, epoch) if self.shuffle else np.arange(count)
+        chosen = order[place * self.items_per_window : (place + 1) * self.items_per_window]
+        ranks = [self._micro_batches(share.tolist()) for share in np.array_split(chosen, self.num_ranks)]
+        most = max(len(micro_batches) for micro_batches in ranks)
+        return [micro_batches + [[]] * (most - len(micro_batches)) for micro_batches in ranks]
+
+    def _micro_batches(self, share: list[int]) -> list[list[Item]]:
+        if self.micro_batch_tokens is None:
+            size = self.items_per_device
+            groups = [share[start : start + size] for start in range(0, len(share), size)]
+        else:
+            bins = pack_best_fit([self.lengths[index] for index in share], self.micro_batch_tokens)
+            groups = [[share[place] for place in places] for places in bins]
+        return [[self.items[index] for index in group] for group in groups]
+
+
+def single_items(num_examples: int) -> list[Item]:
+    """Every example is an item of its own."""
+    return [(index,) for index in range(num_examples)]
+
+
+def packed_items(lengths: Sequence[int], capacity: int) -> list[Item]:
+    """Examples packed into bins of at most `capacity` tokens over the whole set; never cut, never shared."""
+    return [tuple(sorted(places)) for places in pack_best_fit(lengths, capacity)]

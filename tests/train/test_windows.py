@@ -1,0 +1,87 @@
+"""Every item is in exactly one window of an epoch, on exactly one rank, whatever the split."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llamafactory.train.windows import Schedule, packed_items, single_items
+
+
+def schedule(lengths, **changes):
+    options = {
+        "items": single_items(len(lengths)),
+        "lengths": lengths,
+        "items_per_device": 2,
+        "accumulation": 2,
+        "num_ranks": 1,
+        "micro_batch_tokens": None,
+        "seed": 1,
+    }
+    return Schedule(**(options | changes))
+
+
+@given(
+    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=40),
+    items_per_device=st.integers(1, 5),
+    accumulation=st.integers(1, 4),
+    num_ranks=st.integers(1, 3),
+    tokens=st.none() | st.integers(50, 120),
+    epoch=st.integers(0, 3),
+)
+def test_an_epoch_is_a_partition(lengths, items_per_device, accumulation, num_ranks, tokens, epoch):
+    plan = schedule(
+        lengths,
+        items_per_device=items_per_device,
+        accumulation=accumulation,
+        num_ranks=num_ranks,
+        micro_batch_tokens=tokens,
+    )
+    first = epoch * plan.windows_per_epoch
+    windows = [plan.window(step) for step in range(first, first + plan.windows_per_epoch)]
+    seen = [item for window in windows for rank in window for group in rank for item in group]
+    assert sorted(seen) == plan.items
+    for window in windows:
+        assert len(window) == num_ranks
+        assert len({len(rank) for rank in window}) == 1  # ranks stay in step
+        for group in (group for rank in window for group in rank):
+            assert tokens is None or sum(lengths[index] for item in group for index in item) <= tokens
+
+
+@given(lengths=st.lists(st.integers(1, 50), min_size=4, max_size=40), num_ranks=st.integers(1, 4))
+def test_the_rows_of_a_window_do_not_depend_on_the_split(lengths, num_ranks):
+    alone = schedule(lengths, items_per_device=4, accumulation=num_ranks)
+    spread = schedule(lengths, items_per_device=2, accumulation=2, num_ranks=num_ranks, micro_batch_tokens=60)
+    for step in range(alone.windows_per_epoch):
+        rows = [
+            sorted(item for rank in plan.window(step) for group in rank for item in group) for plan in (alone, spread)
+        ]
+        assert rows[0] == rows[1]
+
+
+def test_epochs_differ_and_a_seed_repeats():
+    plan = schedule([1] * 30)
+    per_epoch = plan.windows_per_epoch
+    first, second = ([plan.window(e * per_epoch + s) for s in range(per_epoch)] for e in (0, 1))
+    assert first != second
+    assert first == [schedule([1] * 30).window(step) for step in range(per_epoch)]
+    assert first != [schedule([1] * 30, seed=2).window(step) for step in range(per_epoch)]
+
+
+def test_without_shuffling_the_order_is_that_of_the_data():
+    plan = schedule([1] * 6, shuffle=False)
+    assert [plan.window(step) for step in range(2)] == [[[[(0,), (1,)], [(2,), (3,)]]], [[[(4,), (5,)]]]]
+
+
+def test_total_windows():
+    plan = schedule([1] * 9)  # 4 items a window: 3 windows an epoch
+    assert plan.total_windows(max_steps=-1, num_epochs=2) == 6
+    assert plan.total_windows(max_steps=-1, num_epochs=0.5) == 2
+    assert plan.total_windows(max_steps=5, num_epochs=2) == 5
+
+
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=50))
+def test_packed_items_hold_each_example_once_and_fit(lengths):
+    items = packed_items(lengths, capacity=30)
+    assert sorted(index for item in items for index in item) == list(range(len(lengths)))
+    assert all(sum(lengths[index] for index in item) <= 30 for item in items)
