@@ -1,0 +1,1 @@
+"""Talking to a model: the facade, the engines behind it, and the terminal."""

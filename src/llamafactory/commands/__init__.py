@@ -1,0 +1,1 @@
+"""The sub-commands, one file each: `main(argv) -> exit code`."""

@@ -1,0 +1,62 @@
+"""`COMMAND --help`: every option with type, default and meaning, grouped as its section says."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+from llamafactory.compose import all_sections
+from llamafactory.hparams.section import Section, allowed_text, default_of, group_of, iter_fields
+
+_WIDTH = 110
+_SECTIONS_OF = {
+    "chat": ("model", "data", "generation", "finetuning_type: "),
+    "export": ("model", "data", "export", "finetuning_type: "),
+    "train": ("model", "data", "train", "stage: ", "finetuning_type: "),
+}
+_OWN_WORDS = {
+    "check": (
+        ("--command NAME", "the command that shall run the configuration: train (default), chat or export"),
+        ("--json", "print one JSON object"),
+        ("--schema", "print the JSON Schema of all options, for an editor"),
+    ),
+}
+
+
+def render_help(command: str, summary: str) -> str:
+    """The help of one command."""
+    if command == "env":
+        return f"llamafactory-cli env: {summary}\n\nIt takes no options."
+    lines = [f"llamafactory-cli {command}: {summary}", ""]
+    lines += [
+        f"usage: llamafactory-cli {command} [CONFIG.yaml] [key=value ...]",
+        "",
+        "Options can be written key=value, --key value, --key=value or --flag.",
+    ]
+    if command in _OWN_WORDS:
+        lines += ["", *(f"  {word:<16}{text}" for word, text in _OWN_WORDS[command])]
+    wanted = _SECTIONS_OF.get(command, ("",))
+    for name, section in all_sections().items():
+        if name.startswith(wanted):
+            lines += _render_section(name, section)
+    return "\n".join(lines)
+
+
+def _render_section(name: str, section: type[Section]) -> Iterator[str]:
+    group = None
+    for key, field in iter_fields(section):
+        if group_of(field) != group:
+            group = group_of(field)
+            yield ""
+            yield f"{group} ({name})" if ": " in name else group
+        yield f"  {key} = {_shown(default_of(field))}"
+        text = f"{field.description} [{allowed_text(field)}]"
+        yield from textwrap.wrap(text, _WIDTH, initial_indent="      ", subsequent_indent="      ")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(value)
+    return value if isinstance(value, str) else json.dumps(value)
