@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from llamafactory import __version__
+
+if TYPE_CHECKING:
+    from types import ModuleType
 
 PROGRAM = "llamafactory-cli"
 
@@ -77,17 +81,27 @@ def _run(name: str, words: list[str]) -> int:
 
 
 def _run_module(name: str, words: list[str]) -> int:
-    from importlib import import_module
-
     from llamafactory.extras.errors import LlamaFactoryError
 
     module, function, _ = COMMANDS[name]
     try:
-        return int(getattr(import_module(module), function)(words))
+        return int(getattr(_import_quickly(module), function)(words))
     except LlamaFactoryError as error:
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+
+
+def _import_quickly(module: str) -> ModuleType:
+    """Import a module without garbage collection, which only costs time here: what an import makes stays."""
+    import gc
+    from importlib import import_module
+
+    gc.disable()
+    try:
+        return import_module(module)
+    finally:
+        gc.enable()
 
 
 def _unknown(name: str) -> int:

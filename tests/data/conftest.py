@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 
 from llamafactory.data.types import Conversation, Message, ToolCall
+from llamafactory.extras import log
 from llamafactory.hparams.data import DataConfig
+
+
+@pytest.fixture(autouse=True)
+def _nothing_said_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Notes that are said once are said once a test."""
+    monkeypatch.setattr(log, "_said_once", set())
 
 
 @pytest.fixture(scope="session")
@@ -36,7 +43,10 @@ def data_config(tmp_path: Path) -> Callable[..., DataConfig]:
     """Makes a config whose only data set `rows` is what is given: rows, or the raw content of a file."""
 
     def make(
-        rows: Sequence[object] | str | bytes, file_name: str = "rows.json", entry: Mapping[str, Any] | None = None, **options: Any
+        rows: Sequence[object] | str | bytes,
+        file_name: str = "rows.json",
+        entry: Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> DataConfig:
         content = rows if isinstance(rows, str | bytes) else json.dumps(rows)
         (tmp_path / file_name).write_bytes(content.encode() if isinstance(content, str) else content)
@@ -66,7 +76,9 @@ WEATHER: Mapping[str, object] = {
 TOOL_DIALOGUE = Conversation(
     messages=(
         Message(role="user", content="Weather in Paris?"),
-        Message(role="assistant", content="", tool_calls=(ToolCall(name="get_weather", arguments='{"city": "Paris"}'),)),
+        Message(
+            role="assistant", content="", tool_calls=(ToolCall(name="get_weather", arguments='{"city": "Paris"}'),)
+        ),
         Message(role="tool", content='{"temp": 21}'),
         Message(role="assistant", content="It is 21 degrees."),
     ),

@@ -42,13 +42,19 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"rows": '[\n{"instruction": "a", "output": "b"},\n{"instruction": "c", "outp'},
         ["rows.json:3: the file is not valid JSON", "line 3, column 22", "cut off"],
     ),
-    "json with a trailing comma": ({"rows": '[\n{"instruction": "a"},\n]'}, ["rows.json:", "the file is not valid JSON"]),
+    "json with a trailing comma": (
+        {"rows": '[\n{"instruction": "a"},\n]'},
+        ["rows.json:", "the file is not valid JSON"],
+    ),
     "object at the top level": (
         {"rows": json.dumps({"data": alpaca()})},
         ["does not hold a list of rows", "an object with the keys data at the top level", "a list of rows"],
     ),
     "number at the top level": ({"rows": "3"}, ["does not hold a list of rows", "the number 3"]),
-    "row that is a text": ({"rows": ["hello"]}, ["rows.json#1: row: the row is not an object", 'found the text "hello"']),
+    "row that is a text": (
+        {"rows": ["hello"]},
+        ["rows.json#1: row: the row is not an object", 'found the text "hello"'],
+    ),
     "jsonl with a broken line": (
         {"rows": json.dumps(GOOD) + "\n{broken\n" + json.dumps(GOOD), "file_name": "rows.jsonl"},
         ["1 of 3 rows cannot be used", "rows.jsonl:2: column 2: the line is not JSON", "one JSON object a line"],
@@ -57,10 +63,16 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"rows": json.dumps(GOOD) + "\n" + json.dumps(GOOD)[:-9], "file_name": "rows.jsonl"},
         ["rows.jsonl:2", "the line is not JSON"],
     ),
-    "utf-16": ({"rows": json.dumps([GOOD]).encode("utf-16")}, ["not UTF-8", "UTF-16 byte order mark", "save the file"]),
+    "utf-16": (
+        {"rows": json.dumps([GOOD]).encode("utf-16")},
+        ["not UTF-8", "UTF-16 byte order mark", "save the file"],
+    ),
     "latin-1": ({"rows": b'[\n{"instruction": "caf\xe9"}]'}, ["the file is not UTF-8", "byte 0xe9 in line 2"]),
     "unknown ending": ({"rows": "x", "file_name": "rows.xlsx"}, ["this file type is not read", "'.xlsx'", ".jsonl"]),
-    "broken parquet": ({"rows": b"PAR1....", "file_name": "rows.parquet"}, ["the file is not valid Parquet", "rows.parquet"]),
+    "broken parquet": (
+        {"rows": b"PAR1....", "file_name": "rows.parquet"},
+        ["the file is not valid Parquet", "rows.parquet"],
+    ),
     "empty arrow": ({"rows": b"", "file_name": "rows.arrow"}, ["rows.arrow: the file is empty"]),
     "csv with a short line": (
         {"rows": "instruction,output\r\na,b\r\nc\r\n", "file_name": "rows.csv"},
@@ -69,22 +81,35 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "repeated key": ({"rows": '[{"instruction": "a", "output": "b", "output": "c"}]'}, ["a repeated key", "'output'"]),
     "missing column": (
         {"rows": [{"question": "a", "answer": "b"}]},
-        ["rows.json#1: instruction: column 'instruction' is missing", "the keys question, answer", "dataset_info.json"],
+        [
+            "rows.json#1: instruction: column 'instruction' is missing",
+            "the keys question, answer",
+            "dataset_info.json",
+        ],
     ),
     "column named wrongly in the entry": (
         {"rows": alpaca(), "entry": {"columns": {"prompt": "instruction", "response": "reply"}}},
         ["column 'reply' is missing", "the keys instruction, input, output"],
     ),
-    "number as answer": ({"rows": alpaca(output=42)}, ["output: not a text", "found the number 42", "put it in quotes"]),
+    "number as answer": (
+        {"rows": alpaca(output=42)},
+        ["output: not a text", "found the number 42", "put it in quotes"],
+    ),
     "list as instruction": ({"rows": alpaca(instruction=["a", "b"])}, ["instruction: not a text", "a list of 2"]),
     "null answer": ({"rows": alpaca(output=None)}, ["output: the answer is empty", "found null"]),
     "empty answer": ({"rows": alpaca(output="")}, ["output: the answer is empty", "found an empty text"]),
     "blank answer": ({"rows": alpaca(output=" \n")}, ["the answer is empty", "only white space"]),
     "empty prompt": ({"rows": alpaca(instruction="")}, ["instruction: the prompt is empty"]),
     "NUL": ({"rows": alpaca(output="a\0b")}, ["output: a NUL character", "NUL at character 2"]),
-    "half of a surrogate pair": ({"rows": alpaca(output="a\ud83d")}, ["half of a surrogate pair", "\\ud83d at character 2"]),
+    "half of a surrogate pair": (
+        {"rows": alpaca(output="a\ud83d")},
+        ["half of a surrogate pair", "\\ud83d at character 2"],
+    ),
     "history that is no list": (
-        {"rows": alpaca(history="x"), "entry": {"columns": {"prompt": "instruction", "response": "output", "history": "history"}}},
+        {
+            "rows": alpaca(history="x"),
+            "entry": {"columns": {"prompt": "instruction", "response": "output", "history": "history"}},
+        },
         ["history: the history is not a list"],
     ),
     "history of triples": (
@@ -94,8 +119,14 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         },
         ["history[0]: not a pair", "[user text, assistant text]"],
     ),
-    "messages that are no list": ({"rows": [{"conversations": "x"}], "entry": SHAREGPT}, ["the messages are not a list"]),
-    "no messages": ({"rows": [{"conversations": []}], "entry": SHAREGPT}, ["conversations: no messages", "an empty list"]),
+    "messages that are no list": (
+        {"rows": [{"conversations": "x"}], "entry": SHAREGPT},
+        ["the messages are not a list"],
+    ),
+    "no messages": (
+        {"rows": [{"conversations": []}], "entry": SHAREGPT},
+        ["conversations: no messages", "an empty list"],
+    ),
     "odd number of turns": (
         {"rows": sharegpt(*PAIR, ("human", "Bye")), "entry": SHAREGPT},
         ["conversations: wrong number of messages", "3 messages", "an even number"],
@@ -106,7 +137,11 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "answer first": (
         {"rows": sharegpt(("gpt", "Hi"), ("human", "Hello")), "entry": SHAREGPT},
-        ["conversations[0].from: wrong order of roles", 'the text "gpt" as message 1', "expected human or observation"],
+        [
+            "conversations[0].from: wrong order of roles",
+            'the text "gpt" as message 1',
+            "expected human or observation",
+        ],
     ),
     "two questions in a row": (
         {"rows": sharegpt(("human", "a"), ("human", "b")), "entry": SHAREGPT},
@@ -192,7 +227,10 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["response: no answer", "a row of plain text", "name the column of answers"],
     ),
     "judged answers": (
-        {"rows": alpaca(label=True), "entry": {"columns": {"prompt": "instruction", "response": "output", "kto_tag": "label"}}},
+        {
+            "rows": alpaca(label=True),
+            "entry": {"columns": {"prompt": "instruction", "response": "output", "kto_tag": "label"}},
+        },
         ["does not fit the stage", "kto"],
     ),
     "unknown key in the entry": (
@@ -207,7 +245,10 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"rows": alpaca(), "entry": {"formatting": "sharegtp"}},
         ["unknown formatting 'sharegtp'", "alpaca, openai, sharegpt", "did you mean 'sharegpt'?"],
     ),
-    "text as ranking flag": ({"rows": alpaca(), "entry": {"ranking": "yes"}}, ["'ranking' has the wrong type", "true or false"]),
+    "text as ranking flag": (
+        {"rows": alpaca(), "entry": {"ranking": "yes"}},
+        ["'ranking' has the wrong type", "true or false"],
+    ),
     "cloud file": (
         {"rows": alpaca(), "entry": {"cloud_file_name": "s3://bucket/rows.json"}},
         ["'cloud_file_name' is not implemented in this version", "download the data"],
@@ -240,7 +281,9 @@ def test_a_missing_file_and_a_missing_folder(tokenizer: Any, tmp_path: Path) -> 
         prepare_data(DataConfig(dataset=("rows",), dataset_dir=str(tmp_path / "nowhere")), template, tokenizer, seed=0)
 
 
-def test_row_contents_are_never_shown_whole(data_config: Callable[..., DataConfig], tokenizer: Any, tmp_path: Path) -> None:
+def test_row_contents_are_never_shown_whole(
+    data_config: Callable[..., DataConfig], tokenizer: Any, tmp_path: Path
+) -> None:
     rows = [
         *alpaca(output=SECRET + "\0"),
         *alpaca(instruction=[SECRET]),

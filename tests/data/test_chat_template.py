@@ -5,14 +5,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.data.conftest import TOOL_DIALOGUE, dialogue
 
 from llamafactory.data.chat_template import NamedTemplate, find_record, template_names
 from llamafactory.data.row_tools import split_calls
 from llamafactory.data.types import Conversation, Message, Turn
 from llamafactory.extras.errors import DataError
-from tests.data.conftest import TOOL_DIALOGUE, dialogue
 
-KEYS = ("multi", "single", "single|enable_thinking=false", "system", "thought", "thought|enable_thinking=false", "tool")
+KEYS = (
+    "multi",
+    "single",
+    "single|enable_thinking=false",
+    "system",
+    "thought",
+    "thought|enable_thinking=false",
+    "tool",
+)
 
 
 @pytest.fixture(scope="session")

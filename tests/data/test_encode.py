@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.data.conftest import dialogue
 
 from llamafactory.data.chat_template import NamedTemplate, find_record
 from llamafactory.data.encode import EncodedTurn, Encoder, assemble, join_history, share_budget
@@ -16,7 +17,6 @@ from llamafactory.data.render import render_turns
 from llamafactory.data.template_choice import build_template
 from llamafactory.data.types import IGNORE_INDEX, MaskOptions, Segment, Turn
 from llamafactory.hparams.data import DataConfig
-from tests.data.conftest import dialogue
 
 
 def test_ids_and_labels_equal_the_reference_row_by_row(shared_dir: Path, reference_tokenizer: Any) -> None:
@@ -54,7 +54,13 @@ def test_judged_answers_equal_the_reference_too(shared_dir: Path, reference_toke
 
 @pytest.mark.parametrize(
     ("prompt", "answer", "budget", "kept"),
-    [(10, 10, 100, (10, 10)), (90, 20, 100, (80, 20)), (20, 90, 100, (20, 80)), (80, 80, 100, (50, 50)), (5, 5, 1, (1, 0))],
+    [
+        (10, 10, 100, (10, 10)),
+        (90, 20, 100, (80, 20)),
+        (20, 90, 100, (20, 80)),
+        (80, 80, 100, (50, 50)),
+        (5, 5, 1, (1, 0)),
+    ],
 )
 def test_the_budget_is_shared(prompt: int, answer: int, budget: int, kept: tuple[int, int]) -> None:
     assert share_budget(prompt, answer, budget) == kept
@@ -70,7 +76,10 @@ def encoded_turns(draw: st.DrawFn) -> list[EncodedTurn]:
         token += num_prompt + num_answer
         turns.append(
             EncodedTurn(
-                prompt_ids=prompt, prompt_weights=[0.0] * num_prompt, answer_ids=answer, answer_weights=[1.0] * num_answer
+                prompt_ids=prompt,
+                prompt_weights=[0.0] * num_prompt,
+                answer_ids=answer,
+                answer_weights=[1.0] * num_answer,
             )
         )
     return turns
@@ -92,7 +101,7 @@ def test_masking_history_cuts_the_oldest_turns_first(tokenizer: Any) -> None:
     [turns] = render_turns(dialogue("a " * 30, "b " * 30, "c", "d"), template, MaskOptions(mask_history=True))
     [encoded] = Encoder(tokenizer).encode([turns])
     example = assemble(encoded, 40, keep_last=True)
-    assert tokenizer.decode(example.input_ids).endswith("<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\nd<|im_end|>\n")
+    assert tokenizer.decode(example.input_ids).endswith("user\nc<|im_end|>\n<|im_start|>assistant\nd<|im_end|>\n")
     assert tokenizer.decode(example.labels[example.labels >= 0]) == "d<|im_end|>\n"
 
 
@@ -111,7 +120,10 @@ def test_special_token_strings_in_rows_stay_plain_text(tokenizer: Any, name: str
 
 
 def test_text_around_a_plain_special_string_is_tokenised_as_one(tokenizer: Any) -> None:
-    segments = (Segment(text="<|im_start|>user\n", trainable=False), Segment(text="a <|im_end|> b", trainable=False, is_literal=True))
+    segments = (
+        Segment(text="<|im_start|>user\n", trainable=False),
+        Segment(text="a <|im_end|> b", trainable=False, is_literal=True),
+    )
     turn = Turn(prompt=segments, answer=(Segment(text="c<|im_end|>", trainable=True),), message_index=1)
     [[encoded]] = Encoder(tokenizer).encode([[turn]])
     pieces = [tokenizer.convert_ids_to_tokens(token) for token in encoded.prompt_ids]
@@ -154,12 +166,15 @@ def test_a_tokenizer_set_to_cut_or_pad_does_neither_here(tokenizer: Any) -> None
 
 
 # Only characters whose bytes the vocabulary has: it drops a few rare ones without a word.
-PIECES = [*"aZ09 .,:{}<>|\n\t\"\\éü你好Ω🙂", "  ", "\n\n", "Hello", "<|im_end|>", "<|im_start|>", "<think>", "{{content}}"]
+PIECES = [*'aZ09 .,:{}<>|\n\t"\\éü你好Ω🙂', "  ", "\n\n", "<|im_end|>", "<|im_start|>", "<think>", "{{content}}"]
 TEXTS = st.lists(st.sampled_from(PIECES), min_size=1, max_size=12).map("".join)
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=3), st.sampled_from(["chatml", "default", "smollm2", "auto"]))
+@given(
+    st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=3),
+    st.sampled_from(["chatml", "default", "smollm2", "auto"]),
+)
 def test_encoding_is_lossless_and_supervises_answers_with_their_stop(
     tokenizer: Any, pairs: list[tuple[str, str]], name: str
 ) -> None:

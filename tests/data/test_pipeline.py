@@ -17,7 +17,10 @@ Make = Callable[..., DataConfig]
 
 
 def rows(count: int, **changes: Any) -> list[dict[str, Any]]:
-    return [{"instruction": f"Say {number}.", "input": "", "output": f"It is {number}.", **changes} for number in range(count)]
+    return [
+        {"instruction": f"Say {number}.", "input": "", "output": f"It is {number}.", **changes}
+        for number in range(count)
+    ]
 
 
 def prepare(data: DataConfig, tokenizer: Any, **options: Any) -> Any:
@@ -59,7 +62,9 @@ def test_val_size_is_a_share_or_a_number_of_rows(
 
 def test_another_seed_holds_out_other_rows(data_config: Make, tokenizer: Any) -> None:
     data = data_config(rows(50), val_size=5)
-    assert ids(prepare(data, tokenizer, seed=1).evaluation["eval"]) != ids(prepare(data, tokenizer, seed=2).evaluation["eval"])
+    assert ids(prepare(data, tokenizer, seed=1).evaluation["eval"]) != ids(
+        prepare(data, tokenizer, seed=2).evaluation["eval"]
+    )
 
 
 def test_max_samples_takes_the_first_rows_of_each_data_set(data_config: Make, tokenizer: Any, tmp_path: Path) -> None:
@@ -134,7 +139,9 @@ def test_variables_are_filled(data_config: Make, tokenizer: Any, capsys: pytest.
     assert "placeholder" not in capsys.readouterr().err
 
 
-def test_unfilled_variables_bring_one_warning(data_config: Make, tokenizer: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unfilled_variables_bring_one_warning(
+    data_config: Make, tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     prepare(data_config(rows(3, output="I am {{name}}."), file_name="unfilled.json"), tokenizer)
     assert capsys.readouterr().err.count("data_variables: {name: ...}") == 1
 
@@ -146,7 +153,9 @@ def test_num_samples_draws_rows(data_config: Make, tokenizer: Any) -> None:
 
 
 def test_train_on_prompt_and_mask_history(data_config: Make, tokenizer: Any) -> None:
-    turns = [{"from": role, "value": text} for role, text in zip(["human", "gpt"] * 2, ["a", "b", "c", "d"], strict=True)]
+    turns = [
+        {"from": role, "value": text} for role, text in zip(["human", "gpt"] * 2, ["a", "b", "c", "d"], strict=True)
+    ]
     data = data_config([{"conversations": turns}], entry={"formatting": "sharegpt"})
 
     def supervised(**options: Any) -> str:

@@ -12,9 +12,7 @@ from llamafactory.extras.suggest import did_you_mean, near_matches
 
 def test_a_problem_shows_what_is_known() -> None:
     problem = Problem(key="seed", origin="a.yaml:3", given="x", message="wrong", allowed="a number", fix="seed: 1")
-    assert problem.render() == (
-        "seed (a.yaml:3): wrong\n    given:   x\n    allowed: a number\n    fix:     seed: 1"
-    )
+    assert problem.render() == ("seed (a.yaml:3): wrong\n    given:   x\n    allowed: a number\n    fix:     seed: 1")
     assert Problem(message="wrong", origin="a.yaml").render() == "a.yaml: wrong"
     assert Problem(message="wrong").render() == "wrong"
 
@@ -27,9 +25,7 @@ def test_a_config_error_numbers_its_problems() -> None:
 
 def test_a_data_error_shows_what_is_known() -> None:
     error = DataError("no answer", where="rows.json:3", found="null", expected="text", fix="write one")
-    assert str(error) == (
-        "rows.json:3: no answer\n    found:    null\n    expected: text\n    fix:      write one"
-    )
+    assert str(error) == ("rows.json:3: no answer\n    found:    null\n    expected: text\n    fix:      write one")
 
 
 def test_exit_codes() -> None:
@@ -62,7 +58,13 @@ def test_did_you_mean_reads_as_a_question() -> None:
 
 @pytest.mark.parametrize(
     ("key", "is_secret"),
-    [("hf_hub_token", True), ("hub-token", True), ("swanlab_api_key", True), ("max_new_tokens", False), ("tokenizer", False)],
+    [
+        ("hf_hub_token", True),
+        ("hub-token", True),
+        ("swanlab_api_key", True),
+        ("max_new_tokens", False),
+        ("tokenizer", False),
+    ],
 )
 def test_secret_keys(key: str, is_secret: bool) -> None:
     assert is_secret_key(key) is is_secret

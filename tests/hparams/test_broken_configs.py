@@ -42,7 +42,10 @@ BROKEN_YAML: dict[str, tuple[str, tuple[str, ...]]] = {
     "key is a list": ("? [a, b]\n: 1\n", ("a key must be a name",)),
     "control character": ("run_name: a\x07b\n", ("not valid YAML",)),
     # names
-    "unknown key": (GOOD + "learning_rte: 1e-4\n", ("learning_rte (c.yaml:5): unknown key", "did you mean 'learning_rate'?")),
+    "unknown key": (
+        GOOD + "learning_rte: 1e-4\n",
+        ("learning_rte (c.yaml:5): unknown key", "did you mean 'learning_rate'?"),
+    ),
     "unknown key with dashes": (GOOD + "learning-rate: 1e-4\n", ("did you mean 'learning_rate'?",)),
     "unknown adapter key": (GOOD + "lora_rnk: 4\n", ("lora_rnk", "did you mean 'lora_rank'")),
     "unknown key without a near one": (GOOD + "zzzz: 4\n", ("zzzz (c.yaml:5): unknown key", "--help")),
@@ -63,11 +66,17 @@ BROKEN_YAML: dict[str, tuple[str, tuple[str, ...]]] = {
     "unknown scheduler": (GOOD + "lr_scheduler_type: cosin\n", ("unknown value", "did you mean 'cosine'")),
     "unknown optimizer": (GOOD + "optim: adamw_troch\n", ("optim (c.yaml:5)", "did you mean 'adamw_torch'")),
     "unknown template": (GOOD + "template: chatlm\n", ("unknown template 'chatlm'", "did you mean 'chatml'?")),
-    "unknown data set": (GOOD.replace("rows", "rosw"), ("dataset (c.yaml:2): unknown data set 'rosw'", "did you mean 'rows'?")),
+    "unknown data set": (
+        GOOD.replace("rows", "rosw"),
+        ("dataset (c.yaml:2): unknown data set 'rosw'", "did you mean 'rows'?"),
+    ),
     "data file missing": (GOOD.replace("rows", "gone"), ("dataset (c.yaml:2)", "gone.json")),
     "folder of data sets missing": (GOOD + "dataset_dir: nowhere\n", ("nowhere", "no such folder")),
     "unknown tracker": (GOOD + "report_to: wandbb\n", ("unknown tracker 'wandbb'", "did you mean 'wandb'?")),
-    "tracker without its package": (GOOD + "report_to: clearml\n", ("clearml is not installed", "pip install clearml")),
+    "tracker without its package": (
+        GOOD + "report_to: clearml\n",
+        ("clearml is not installed", "pip install clearml"),
+    ),
     # types and bounds
     "text for a number": (
         GOOD + "learning_rate: fast\n",
@@ -90,7 +99,10 @@ BROKEN_YAML: dict[str, tuple[str, tuple[str, ...]]] = {
     "share above one": (GOOD + "warmup_ratio: 1.5\n", ("out of range", ">= 0 and <= 1")),
     "cutoff too short": (GOOD + "cutoff_len: 4\n", ("out of range", ">= 8")),
     # contradictions
-    "val_size and eval_dataset": (GOOD + "val_size: 0.1\neval_dataset: rows\n", ("val_size (c.yaml:5): cannot be combined",)),
+    "val_size and eval_dataset": (
+        GOOD + "val_size: 0.1\neval_dataset: rows\n",
+        ("val_size (c.yaml:5): cannot be combined",),
+    ),
     "val_size without data": (
         "model_name_or_path: model\ndo_eval: true\noutput_dir: out\nval_size: 0.1\n",
         ("no data set to hold rows out of",),
@@ -103,7 +115,10 @@ BROKEN_YAML: dict[str, tuple[str, tuple[str, ...]]] = {
     "two precisions": (GOOD + "bf16: true\nfp16: true\n", ("fp16 (c.yaml:6): cannot be combined with bf16",)),
     "pure_bf16 and fp16": (GOOD + "pure_bf16: true\nfp16: true\n", ("cannot be combined with pure_bf16",)),
     "half precision on the CPU": (GOOD + "fp16: true\nuse_cpu: true\n", ("float16 training needs a GPU",)),
-    "evaluation without rows": (GOOD + "eval_strategy: steps\n", ("eval_strategy (c.yaml:5)", "no rows to evaluate on")),
+    "evaluation without rows": (
+        GOOD + "eval_strategy: steps\n",
+        ("eval_strategy (c.yaml:5)", "no rows to evaluate on"),
+    ),
     "packing on and off": (GOOD + "neat_packing: true\npacking: false\n", ("neat_packing is on",)),
     "save_steps of 2.5": (GOOD + "save_steps: 2.5\n", ("neither a share nor a whole number of steps",)),
     "warmup longer than the run": (GOOD + "warmup_steps: 20\nmax_steps: 10\n", ("longer than the run of 10 steps",)),
@@ -177,7 +192,10 @@ BROKEN_WORDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "too large": (["large.yaml"], ("larger than 1 MB",)),
     "stray word": (["good.yaml", "seed", "7"], ("cannot understand 'seed'", "cannot understand '7'")),
     "single dash": (["good.yaml", "-seed", "7"], ("cannot understand '-seed'",)),
-    "switch with a wrong value": (["good.yaml", "--bf16", "maybe"], ("bf16 (command line): wrong type", "given:   maybe")),
+    "switch with a wrong value": (
+        ["good.yaml", "--bf16", "maybe"],
+        ("bf16 (command line): wrong type", "given:   maybe"),
+    ),
     "two values for one": (["good.yaml", "--seed", "1", "2"], ("seed (command line)", "wrong type: a list")),
     "override with a wrong value": (["good.yaml", "seed=x"], ("seed (command line)", "given:   x")),
     "entry of no mapping": (["good.yaml", "seed.x=1"], ("seed.x (command line): unknown key",)),
@@ -202,7 +220,13 @@ def test_all_problems_come_in_one_report(good: dict[str, Any]) -> None:
     broken = good | {"learning_rate": "x", "sed": 1, "bf16": True, "fp16": True, "template": "nope", "lora_rank": 0}
     resolution = resolve_config(broken)
     assert resolution.config is None
-    assert {problem.key for problem in resolution.problems} == {"learning_rate", "sed", "fp16", "template", "lora_rank"}
+    assert {problem.key for problem in resolution.problems} == {
+        "learning_rate",
+        "sed",
+        "fp16",
+        "template",
+        "lora_rank",
+    }
     assert str(ConfigError(resolution.problems)).startswith("5 problems in the configuration:\n1. ")
 
 

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from llamafactory.compose import load_config
 from llamafactory.hparams.read import read_source
 
-TEXT = st.text(st.characters(exclude_categories=("Cs", "Cc", "Zl", "Zp"), exclude_characters="\x85\ufeff"), max_size=30)
+TEXT = st.text(
+    st.characters(exclude_categories=("Cs", "Cc", "Zl", "Zp"), exclude_characters="\x85\ufeff"), max_size=30
+)
 NAMES = st.lists(st.text("abcäöü_-. 0123456789", min_size=1).map(str.strip).filter(bool), max_size=3)
 JSON_LEAVES = st.none() | st.booleans() | st.integers(-1000, 1000) | TEXT
 JSON_VALUES = st.recursive(

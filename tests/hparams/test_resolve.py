@@ -102,7 +102,9 @@ def test_defaults_written_out_give_no_note(good: dict[str, Any]) -> None:
 
 
 def test_chat_says_which_keys_it_does_not_read() -> None:
-    resolution = resolve_config({"model_name_or_path": "model", "template": "chatml", "output_dir": "x"}, command="chat")
+    resolution = resolve_config(
+        {"model_name_or_path": "model", "template": "chatml", "output_dir": "x"}, command="chat"
+    )
     assert resolution.problems == ()
     (note,) = resolution.notes
     assert "output_dir: only read by the command train" in note

@@ -59,9 +59,9 @@ def test_a_run_leaves_the_compatible_files(train_config):
 
 
 def test_training_lowers_the_loss(train_config):
-    result = run_exp(train_config(num_train_epochs=6, lr_scheduler_type="constant"))
+    result = run_exp(train_config(finetuning_type="full", num_train_epochs=5, lr_scheduler_type="constant"))
     found = [float.fromhex(loss) for loss in losses(result.output_dir)]
-    assert found[-1] < 0.8 * found[0]
+    assert found[-1] < 0.5 * found[0]
 
 
 @pytest.mark.parametrize("changes", [{}, {"packing": True, "cutoff_len": 64}, {"gradient_accumulation_steps": 2, "lora_dropout": 0.3}])

@@ -115,7 +115,7 @@ def _read_json(file: Path) -> Iterator[SourceRow]:
             where=f"{file}:{error.lineno}",
             found=f"{error.msg} (line {error.lineno}, column {error.colno})",
             expected="JSON",
-            fix="the file may be cut off at its end" if error.pos >= len(text.rstrip()) - 1 else None,
+            fix="the file may be cut off at its end" if not text.rstrip().endswith(("]", "}")) else None,
         ) from error
     except RecursionError as error:
         raise DataError("the JSON is nested too deep", where=str(file), expected=_NOT_JSON_ROWS) from error
@@ -152,7 +152,7 @@ def _json_lines(file: Path, text: str) -> Iterator[SourceRow]:
                 field=f"column {error.colno}",
                 found=error.msg,
                 expected="one JSON object a line",
-                fix="the line may be cut off" if error.pos >= len(line.rstrip()) else "",
+                fix="" if line.rstrip().endswith("}") else "the line may be cut off",
             )
             yield SourceRow(origin=origin, values={}, fault=fault)
         except RecursionError:

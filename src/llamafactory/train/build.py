@@ -68,6 +68,9 @@ def start_accelerator(cfg: RunConfig, plan: ModelPlan) -> Accelerator:
         project_dir=cfg.train.output_dir,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=cfg.train.ddp_timeout))],
     )
+    if cfg.train.report_to:
+        shown = {key: value for key, value in cfg.flat(mask_secrets=True).items() if isinstance(value, int | float | str)}
+        accelerator.init_trackers("llamafactory", config=shown)
     if cfg.train.full_determinism:
         enable_full_determinism(cfg.train.seed)
     else:

@@ -152,8 +152,9 @@ def _write_reports(
 
 def _interrupted(job: Job, record: RunRecord, result: FitResult) -> RunResult:
     name = signal.Signals(result.stop_signal).name
-    saved = result.last_checkpoint or (job.output_dir if result.state.step else None)
-    where = f"saved in {saved}; the same command continues" if saved else "before the first step; nothing to save"
+    how = "the same command" + (" with resume_from_checkpoint=true" if job.cfg.overwrite_output_dir else "")
+    saved = result.last_checkpoint
+    where = f"saved in {saved}; {how} continues" if saved else "nothing new to save"
     summary = f"stopped by {name} after step {result.state.step} of {job.total_steps}, {where}"
     if job.accelerator.is_main_process:
         record.write("interrupted", steps=result.state.step)

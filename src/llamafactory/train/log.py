@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -18,12 +19,19 @@ LOG_FILE = "trainer_log.jsonl"
 class RunLog:
     """Writes log rows to disk and shows progress.
 
-    On a terminal a bar with the remaining time stays at the bottom; elsewhere each row is one plain line. A log file
-    that cannot be written is said once and never stops the training.
+    On a terminal a bar with the remaining time stays at the bottom; elsewhere each row is one plain line. A log file or
+    a tracker that fails is reported once and never stops the training.
     """
 
     def __init__(
-        self, output_dir: Path, *, total_steps: int, done_steps: int, history: list[dict[str, Any]], bar: bool | None
+        self,
+        output_dir: Path,
+        *,
+        total_steps: int,
+        done_steps: int,
+        history: list[dict[str, Any]],
+        bar: bool | None,
+        tracker: Callable[[dict[str, Any], int], None] | None = None,
     ) -> None:
         """Starts a log.
 
@@ -33,12 +41,16 @@ class RunLog:
             done_steps: steps done before this process (resume).
             history: rows logged before this process.
             bar: True or False forces the bar on or off; None shows it on a terminal only.
+            tracker: gets each row and its step too, for example accelerate's `log`.
         """
         self.history = list(history)
         self._path = output_dir / LOG_FILE
         self._total, self._first = total_steps, done_steps
         self._start = time.monotonic()
+        self._tracker = tracker
         self._is_main = log.is_main_process()
+        if done_steps and self._is_main:
+            self._cut_back()
         wants_bar = sys.stderr.isatty() if bar is None else bar
         self._bar = _Bar(total_steps, done_steps) if wants_bar and self._is_main else None
 
@@ -94,7 +106,22 @@ class RunLog:
                 stream.write(json.dumps(row) + "\n")
         except OSError as error:
             log.warn(f"{self._path} cannot be written ({error}); training goes on", once=True)
+        self._track(row, step)
         self._show(_line(row))
+
+    def _cut_back(self) -> None:
+        """Takes rows out of the file that were logged after the checkpoint: they will be logged again."""
+        staging = self._path.with_name(f".{self._path.name}")
+        staging.write_text("".join(json.dumps(row) + "\n" for row in self.history), encoding="utf-8")
+        staging.replace(self._path)
+
+    def _track(self, row: dict[str, Any], step: int) -> None:
+        if self._tracker is None:
+            return
+        try:
+            self._tracker({key: value for key, value in row.items() if isinstance(value, int | float)}, step)
+        except Exception as error:  # a tracker is third-party code on a network; the run goes on without it
+            log.warn(f"the tracker failed ({type(error).__name__}: {error}); training goes on", once=True)
 
     def _show(self, line: str) -> None:
         if self._bar:

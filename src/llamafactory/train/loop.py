@@ -120,6 +120,7 @@ class _Run:
             done_steps=job.start.step,
             history=job.start.log_history,
             bar=None if job.cfg.disable_tqdm is None else not job.cfg.disable_tqdm,
+            tracker=(lambda row, at: job.accelerator.log(row, step=at)) if job.cfg.report_to else None,
         )
         self._whole, self._since_log = _Window(), _Window()
         self._logged_at = self._saved_at = job.start.step
