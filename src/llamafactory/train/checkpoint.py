@@ -79,10 +79,26 @@ def save_checkpoint(
     staging = output_dir / f".staging-{state.step}-{os.getpid()}"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    write_model(staging)
+    try:
+        write_model(staging)
+        _write_state(staging, state, optimizer)
+        _seal(staging, state)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    target = output_dir / f"checkpoint-{state.step}"
+    if target.exists():
+        shutil.rmtree(target)
+    staging.rename(target)
+    fsync(output_dir)
+    _prune(output_dir, state.run_id, limit)
+    return target
+
+
+def _write_state(folder: Path, state: RunState, optimizer: Optimizer | None) -> None:
     if optimizer is not None:
-        save_file(_optimizer_tensors(optimizer), staging / _OPTIMIZER)
-        save_file(_rng_tensors(), staging / _RNG)
+        save_file(_optimizer_tensors(optimizer), folder / _OPTIMIZER)
+        save_file(_rng_tensors(), folder / _RNG)
     document = {
         "run_id": state.run_id,
         "global_step": state.step,
@@ -93,15 +109,7 @@ def save_checkpoint(
         "param_groups": [] if optimizer is None else _group_options(optimizer),
         "log_history": state.log_history,
     }
-    (staging / STATE).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    _seal(staging, state)
-    target = output_dir / f"checkpoint-{state.step}"
-    if target.exists():
-        shutil.rmtree(target)
-    staging.rename(target)
-    fsync(output_dir)
-    _prune(output_dir, state.run_id, limit)
-    return target
+    (folder / STATE).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
 def newest_checkpoint(output_dir: Path) -> Path | None:
