@@ -1,15 +1,15 @@
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
+import numpy as np
 import torch
 
 from llamafactory.data.collate import collate_flat
+from llamafactory.data.types import Example
 
 
-def test_moving_a_batch_moves_every_tensor_and_changes_no_count(make_examples: Callable[..., list[Any]]) -> None:
-    batch = collate_flat(make_examples([5, 3]))
+def test_moving_a_batch_moves_every_tensor_and_changes_no_count() -> None:
+    ids = np.arange(1, 6, dtype=np.int32)
+    batch = collate_flat([Example(input_ids=ids, labels=ids), Example(input_ids=ids[:3], labels=ids[:3])])
     moved = batch.to("meta")
     tensors = (moved.input_ids, moved.position_ids, moved.target_rows, moved.target_ids)
     assert all(tensor.device == torch.device("meta") for tensor in tensors)

@@ -191,3 +191,15 @@ def test_encoding_is_lossless_and_supervises_answers_with_their_stop(
     assert tokenizer.decode(example.labels[example.labels >= 0]) == supervised
     tail = "" if name == "auto" else "\n"
     assert supervised == "".join(f"{answer}<|im_end|>{tail}" for _, answer in pairs)
+
+
+def test_no_token_reaches_from_a_prompt_into_its_answer(tokenizer: Any) -> None:
+    template = JinjaTemplate(tokenizer.chat_template, tokenizer)
+    conversation = dialogue("a", "\n\nb")
+    [turns] = render_turns(conversation, template, MaskOptions())
+    encoder = Encoder(tokenizer, is_whole=True)
+    example = assemble(encoder.encode([turns])[0], 512)
+    prompt = "".join(segment.text for segment in template.render_prompt(dialogue("a")))
+    seen = tokenizer(prompt, add_special_tokens=False).input_ids
+    assert example.input_ids.tolist()[: len(seen)] == seen
+    assert tokenizer.decode(example.labels[example.labels >= 0]) == "\n\nb<|im_end|>"

@@ -4,12 +4,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from tests.data.conftest import dialogue
 
 from llamafactory.data.chat_template import NamedTemplate, find_record
 from llamafactory.data.render import render_turns
 from llamafactory.data.types import Conversation, MaskOptions
 from llamafactory.extras.errors import DataError
-from tests.data.conftest import dialogue
 
 TEMPLATE = NamedTemplate(record=find_record("chatml"))
 TWO_TURNS = dialogue("a", "b", "c", "d")

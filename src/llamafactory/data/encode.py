@@ -96,11 +96,15 @@ class Encoder:
         if self._is_whole and not self._has_mixed(turns):
             whole = ids_of[_whole_text(turns)]
             if whole != [token for turn in encoded for token in (*turn.prompt_ids, *turn.answer_ids)]:
-                return self._by_offsets(turns)
+                return self._by_offsets(turns) or encoded
         return encoded
 
-    def _by_offsets(self, turns: Sequence[tuple[list[_Run], list[_Run]]]) -> list[EncodedTurn]:
-        """Ids of the whole text, dealt out to the runs by the character at which each token starts."""
+    def _by_offsets(self, turns: Sequence[tuple[list[_Run], list[_Run]]]) -> list[EncodedTurn] | None:
+        """Ids of the whole text, dealt out to the runs by the character at which each token starts.
+
+        None if a token reaches from a prompt into its answer: generation can never write that token, so that the ids of
+        the parts are right.
+        """
         encoding = self._backend.encode(_whole_text(turns), add_special_tokens=False)
         starts = [offset[0] for offset in encoding.offsets]
         encoded, position, token = [], 0, 0
@@ -116,6 +120,8 @@ class Encoder:
                     weights += [run.label_weight] * (end - token)
                     token = end
                 sides += [encoding.ids[first:token], weights]
+                if side is prompt and token and encoding.offsets[token - 1][1] > position:
+                    return None
             encoded.append(
                 EncodedTurn(prompt_ids=sides[0], prompt_weights=sides[1], answer_ids=sides[2], answer_weights=sides[3])
             )

@@ -65,9 +65,8 @@ def compile_jinja(text: str) -> CompiledJinja:
         trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, loopcontrols]
     )
     environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    environment.globals["namespace"] = GuardedNamespace
+    own: dict[str, Any] = {"raise_exception": _refuse, "strftime_now": _now, "namespace": GuardedNamespace}
+    environment.globals.update(own)
     try:
         return environment.from_string(text)
     except jinja2.TemplateError as error:
@@ -97,6 +96,10 @@ def _refuse(message: str) -> NoReturn:
     import jinja2
 
     raise jinja2.exceptions.TemplateError(message)
+
+
+def _now(form: str) -> str:
+    return datetime.now().strftime(form)
 
 
 def _to_json(

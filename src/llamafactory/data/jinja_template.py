@@ -19,7 +19,7 @@ from llamafactory.data.literal_spans import find_literal_spans, mark_content
 from llamafactory.data.row_error import RowError
 from llamafactory.data.tool_formats import ToolFormat, find_tool_format
 from llamafactory.data.types import Conversation, Message, Segment, Turn
-from llamafactory.extras.log import note
+from llamafactory.extras.log import note, warn
 
 _TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 _OTHER_TEMPLATE = "name a template, such as template: chatml"
@@ -90,6 +90,12 @@ class JinjaTemplate:
         shown = self._complete(conversation)
         shift = len(shown.messages) - len(conversation.messages)
         spans = [self._answer(shown, place + shift) for place in places]
+        if any(_has_no_stop(span, shown.messages[place + shift]) for span, place in zip(spans, places, strict=True)):
+            warn(
+                "the tokenizer's chat template writes no end behind an answer, so a model may not learn to stop; "
+                f"if it does not stop, {_OTHER_TEMPLATE}",
+                once=True,
+            )
         if (joined := _join(spans, places)) is not None:
             return [joined] if joined else []
         note(
@@ -201,6 +207,11 @@ def _hides_special(special: Any, conversation: Conversation) -> bool:
     """Whether a special-token string is where the markers do not reach: in a call or in a tool."""
     silent = [replace(message, content="") for message in conversation.messages]
     return any(special.search(text) for text in row_texts(silent, conversation.tools))
+
+
+def _has_no_stop(span: AnswerSpan, message: Message) -> bool:
+    content = message.content.rstrip()
+    return bool(content) and not message.tool_calls and span.full.text[span.start : span.stop].endswith(content)
 
 
 def _join(spans: Sequence[AnswerSpan], places: Sequence[int]) -> tuple[Turn, ...] | None:

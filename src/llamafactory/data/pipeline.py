@@ -83,7 +83,7 @@ def prepare_data(
         write_lost_rows([row for part in encoded.values() for one in part for row in one.lost], output_dir)
     if encoder.num_shifted:
         note(
-            f"in {encoder.num_shifted:,} sequences the tokenizer joins the end of a prompt with its answer", once=True
+            f"in {encoder.num_shifted:,} sequences the last ids of a prompt change when its answer follows", once=True
         )
     rows = [row for one in encoded["train"] for row in one.rows]
     train_rows, held_out = _split(rows, data.val_size, seed)

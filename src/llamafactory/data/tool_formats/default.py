@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 
 from llamafactory.data.types import Piece, ToolCall
 
-_CALL = re.compile(r"Action:[ \t]*([^\n]+?)[ \t]*\n[ \t]*Action Input:[ \t]*")
+_NAME = "Action:"
+_INPUT = re.compile(r"\n[ \t]*Action Input:[ \t]*")
+_MAX_FAILED = 64
 
 
 def describe_tools(tools: Sequence[Mapping[str, object]]) -> list[Piece]:
@@ -46,26 +48,29 @@ def join_results(results: Sequence[str]) -> list[Piece]:
 
 
 def parse_calls(text: str) -> tuple[str, tuple[ToolCall, ...]]:
-    """The text before the first `Action:` whose input is JSON, and all calls that follow without a gap.
+    """The text before the first call, and all calls; text between or behind calls is left out.
 
-    Reads forward only, so that the time is linear in the length of the text.
+    A call is an `Action: name` line above an `Action Input:` line that goes on with a JSON object. Reads forward only
+    and gives up after some unreadable inputs, so that the time is linear in the length of the text.
     """
     decoder = json.JSONDecoder()
     calls: list[ToolCall] = []
-    first, position = len(text), 0
-    while match := _CALL.search(text, position):
+    first, position, num_failed = len(text), 0, 0
+    while num_failed < _MAX_FAILED and (match := _INPUT.search(text, position)):
+        line = text.rfind("\n", 0, match.start()) + 1
+        start = text.rfind(_NAME, max(line, position), match.start())
         try:
             arguments, end = decoder.raw_decode(text, match.end())
         except (json.JSONDecodeError, RecursionError):
-            position = match.end()
-            continue
-        if not isinstance(arguments, dict):
-            position = end
-            continue
-        first = min(first, match.start())
-        calls.append(ToolCall(name=match[1], arguments=text[match.end() : end]))
+            arguments, end = None, match.end()
+        name = text[start + len(_NAME) : match.start()].strip()
+        if start >= 0 and name and isinstance(arguments, dict):
+            first = min(first, start)
+            calls.append(ToolCall(name=name, arguments=text[match.end() : end]))
+        else:
+            num_failed += 1
         position = end
-    return (text[:first], tuple(calls)) if calls else (text, ())
+    return text[:first], tuple(calls)
 
 
 def _describe(tool: Mapping[str, object]) -> str:
