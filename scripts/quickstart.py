@@ -54,7 +54,7 @@ def main(overrides: list[str]) -> int:
 
 def ask(*words: str) -> list[str]:
     """Answers of a model to the questions, greedy."""
-    model = ChatModel([*words, "do_sample=false", "max_new_tokens=48"])
+    model = ChatModel(load_config([*words, "do_sample=false", "max_new_tokens=48"], command="chat"))
     answers = [model.chat([{"role": "user", "content": question}])[0].response_text for question in QUESTIONS]
     del model
     gc.collect()
@@ -67,7 +67,11 @@ def show(before: list[str], after: list[str]) -> None:
     for question, old, new in zip(QUESTIONS, before, after, strict=True):
         print(f"? {question}")
         for label, answer in (("before", old), ("after", new)):
-            print(textwrap.fill(" ".join(answer.split()), 100, initial_indent=f"  {label:<8}", subsequent_indent=" " * 10))
+            print(
+                textwrap.fill(
+                    " ".join(answer.split()), 100, initial_indent=f"  {label:<8}", subsequent_indent=" " * 10
+                )
+            )
     print()
 
 

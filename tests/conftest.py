@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -11,7 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # models in tests are tiny: a sec
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +77,100 @@ def golden_tokenizer(embedded_model_dir: Path) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(embedded_model_dir)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> Callable[..., Any]:
+    """Makes the transformers config of a two-layer model: `tiny_config("llama", vocab_size=64)`."""
+
+    def make(model_type: str = "llama", **changes: Any) -> Any:
+        from transformers import AutoConfig
+
+        options: dict[str, Any] = {
+            "vocab_size": 96,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "max_position_embeddings": 256,
+            "pad_token_id": 0,
+        }
+        return AutoConfig.for_model(model_type, **(options | changes))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_examples() -> Callable[..., list[Any]]:
+    """Makes training examples with random ids: `make_examples(lengths, vocab_size=96, seed=0)`."""
+
+    def make(lengths: Sequence[int], vocab_size: int = 96, seed: int = 0, supervised: float = 0.5) -> list[Any]:
+        import numpy as np
+
+        from llamafactory.data.types import IGNORE_INDEX, Example
+
+        rng = np.random.default_rng(seed)
+        examples = []
+        for length in lengths:
+            ids = rng.integers(1, vocab_size, size=length).astype(np.int32)
+            labels = np.where(rng.random(length) < supervised, ids, np.int32(IGNORE_INDEX))
+            examples.append(Example(input_ids=ids, labels=labels.astype(np.int32)))
+        return examples
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(embedded_model_dir: Path, tiny_config: Callable[..., Any], tmp_path_factory: Any) -> Path:
+    """A two-layer model with random weights and the embedded model's tokenizer: a run takes seconds."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("tiny-model")
+    tokenizer = AutoTokenizer.from_pretrained(embedded_model_dir)
+    torch.manual_seed(0)
+    options = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = tiny_config(vocab_size=len(tokenizer), tie_word_embeddings=True, **options)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def train_config(tiny_model_dir: Path, tmp_path: Path) -> Callable[..., Any]:
+    """Makes the config of a short run on the tiny model: `train_config(max_steps=3)`."""
+
+    def make(command: str = "train", **changes: Any) -> Any:
+        from llamafactory.compose import load_config
+
+        rows = [
+            {
+                "instruction": f"Repeat the word number {number}.",
+                "input": "",
+                "output": f"word {number} " * (1 + number % 5),
+            }
+            for number in range(20)
+        ]
+        data = tmp_path / "data"
+        if not data.exists():
+            data.mkdir()
+            (data / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+            (data / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": "rows.json"}}), encoding="utf-8")
+        options = {
+            "model_name_or_path": str(tiny_model_dir),
+            "dataset": "rows",
+            "dataset_dir": str(data),
+            "template": "chatml",
+            "do_train": True,
+            "output_dir": str(tmp_path / "out"),
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-2,
+            "num_train_epochs": 2,
+            "logging_steps": 1,
+            "cutoff_len": 128,
+        }
+        return load_config(options | changes, command=command)
+
+    return make

@@ -1,4 +1,4 @@
-"""Writes a model that stands alone: adapters merged in fp32, cast once, sharded; then proves that it is the same model.
+"""Writes a model that stands alone: adapters merged in fp32, cast once, sharded; then proves it is the same.
 
 The proof compares logits on held prompts: the adapter model in memory against the exported folder, loaded anew from
 disk. A gap over the limit is an error, and the folder is left under a name that says so.
@@ -19,6 +19,7 @@ import torch
 from llamafactory.extras import log
 from llamafactory.extras.errors import ConfigError, LlamaFactoryError, Problem
 from llamafactory.extras.files import give_usual_modes, write_json
+from llamafactory.extras.network import go_offline
 from llamafactory.model.loader import adapter_folders, load_model, load_tokenizer
 from llamafactory.model.method import apply_method
 
@@ -83,6 +84,8 @@ def export_and_verify(cfg: RunConfig) -> ExportProof:
         ConfigError: `export_dir` holds something already.
         LlamaFactoryError: the exported model is not the trained one; the folder is renamed to `<export_dir>-rejected`.
     """
+    if cfg.model.offline:
+        go_offline()
     target = Path(cfg.export.export_dir or "")
     _refuse_occupied(target)
     tokenizer = load_tokenizer(cfg.model)

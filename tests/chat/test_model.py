@@ -28,7 +28,9 @@ def test_the_prompt_is_that_of_the_tokenizer(model):
     plain = [{**message, "content": message["content"].replace("<|im_end|>", "")} for message in history]
     expected = model.tokenizer.apply_chat_template(plain, add_generation_prompt=True, return_dict=False)
     assert model.prompt_ids(plain) == expected
-    assert model.prompt_ids(history).count(model.tokenizer.eos_token_id) == expected.count(model.tokenizer.eos_token_id)
+    assert model.prompt_ids(history).count(model.tokenizer.eos_token_id) == expected.count(
+        model.tokenizer.eos_token_id
+    )
 
 
 def test_a_stream_joins_to_the_answer_of_generate(model):
@@ -126,6 +128,7 @@ def test_the_terminal_keeps_history_and_obeys_its_words(model, monkeypatch):
 
 def test_the_terminal_ends_at_end_of_input_and_at_ctrl_c(model, monkeypatch):
     for error, code in ((EOFError, 0), (KeyboardInterrupt, 130)):
+
         def stop(prompt="", error=error):
             raise error
 

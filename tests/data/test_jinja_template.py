@@ -33,6 +33,8 @@ REWRITTEN_PROMPT |= {"nemotron_3_super", "nemotron_3_ultra"}
 WITHOUT_TOOLS = {"deepseek_r1_distill", "deepseekv3", "idefics3", "lfm2", "llama3", "phi3", "phi3_5"}
 WITHOUT_TOOLS |= {"qwen2_5_vl", "smolvlm"}
 
+JOINED = {("cohere", "thoughts"), ("cohere2", "thoughts"), ("diffusion_gemma", "tools")}
+"""Without the template's own tokens, this tokenizer merges `>` and `<` where an answer begins; inference cannot."""
 WRITTEN_FIRST = {
     **dict.fromkeys(("deepseek_r1_distill", "deepseekv3"), "</think>\n\n"),
     **dict.fromkeys(("qwen3_5_think", "qwen3_6", "qwen3_8"), "\n</think>\n\n"),
@@ -86,6 +88,11 @@ def test_published_templates_give_the_ids_of_apply_chat_template(tokenizer: Any,
         assert (whole(turns)[len(prompt) :]).rstrip() == supervised(turns[-1]).rstrip()
         if name in REWRITTEN_PROMPT or (name, case) == ("qwen3_5_nothink", "thoughts"):
             continue  # the prompt is kept as inference sees it, so the text is not that of apply_chat_template
+        if (name, case) in JOINED:
+            asked = "".join(segment.text for segment in turns[0].prompt)
+            seen = tokenizer(asked, add_special_tokens=False).input_ids
+            assert assemble(ids, 100_000).input_ids.tolist()[: len(seen)] == seen
+            continue
         if case == "tools" and template.tool_format is not None:
             continue  # tools are written into the messages first
         expected = tokenizer.apply_chat_template(

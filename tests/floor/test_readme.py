@@ -92,6 +92,10 @@ def test_links_lead_somewhere(readme: str, repo_dir: Path) -> None:
     assert {link for link in LINK.findall(readme) if not (repo_dir / link).exists()} == set()
 
 
+def test_no_placeholder_is_left(readme: str) -> None:
+    assert re.findall(r"^[A-Z]+(?:_[A-Z]+)+$", readme, re.MULTILINE) == []
+
+
 def test_every_make_target_is_explained(repo_dir: Path) -> None:
     text = (repo_dir / "Makefile").read_text(encoding="utf-8")
     explained = set(re.findall(r"^([a-z][\w-]*):.*## .", text, re.MULTILINE))

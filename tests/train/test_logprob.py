@@ -77,7 +77,9 @@ def test_loss_and_every_gradient_equal_transformers_own(fused, layout, tied, tin
         total = total + model(input_ids=ids, labels=labels).loss * example.num_supervised
     total.backward()
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-5, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(
+            ours[name], parameter.grad, rtol=1e-5, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
+        )
 
 
 @pytest.mark.parametrize("fused", [True, False])

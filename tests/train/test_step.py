@@ -35,7 +35,9 @@ def module(tiny_config):
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:  # not zero, so that the A matrices get a gradient too
             torch.nn.init.normal_(parameter, std=0.05)
-    return StageModule(STAGE, Models(policy=policy, plan=SimpleNamespace(fused_head=True, loss_chunk_rows=7)), Section())
+    return StageModule(
+        STAGE, Models(policy=policy, plan=SimpleNamespace(fused_head=True, loss_chunk_rows=7)), Section()
+    )
 
 
 def feed(examples, *, per_device, accumulation, layout="flat", tokens=None, items=None):
@@ -91,7 +93,10 @@ def test_a_ragged_last_window_is_divided_by_its_own_tokens(accelerator, module, 
     rows = [index for item in (item for group in split.schedule.window(1)[0] for item in group) for index in item]
     supervised = sum(examples[index].num_supervised for index in rows)
     assert split.window(1, 0).num_units == supervised
-    alone = [loss_and_gradient(accelerator, module, feed([examples[index]], per_device=1, accumulation=1))[0] for index in rows]
+    alone = [
+        loss_and_gradient(accelerator, module, feed([examples[index]], per_device=1, accumulation=1))[0]
+        for index in rows
+    ]
     mean = sum(loss * examples[index].num_supervised for loss, index in zip(alone, rows, strict=True)) / supervised
     assert found[0] == pytest.approx(mean, rel=1e-5)
 

@@ -64,7 +64,9 @@ def test_training_lowers_the_loss(train_config):
     assert found[-1] < 0.5 * found[0]
 
 
-@pytest.mark.parametrize("changes", [{}, {"packing": True, "cutoff_len": 64}, {"gradient_accumulation_steps": 2, "lora_dropout": 0.3}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"packing": True, "cutoff_len": 64}, {"gradient_accumulation_steps": 2, "lora_dropout": 0.3}]
+)
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(train_config, tmp_path, monkeypatch, changes):
     changes = {"save_steps": 1, "num_train_epochs": 4, **changes}
     whole = run_exp(train_config(**changes, output_dir=str(tmp_path / "whole"))).output_dir
@@ -142,7 +144,9 @@ def test_a_finished_run_is_not_trained_again_unless_asked(train_config):
 
 def test_another_configuration_may_not_use_the_folder(train_config):
     run_exp(train_config(max_steps=1))
-    with pytest.raises(ConfigError, match=r"another configuration: learning_rate 0\.01 -> 0\.02.*\n.*\n.*overwrite_output_dir"):
+    with pytest.raises(
+        ConfigError, match=r"another configuration: learning_rate 0\.01 -> 0\.02.*\n.*\n.*overwrite_output_dir"
+    ):
         run_exp(train_config(max_steps=1, learning_rate=2e-2))
 
 

@@ -11,6 +11,7 @@ from llamafactory.data.encode import Encoder
 from llamafactory.data.template_choice import build_template, find_record
 from llamafactory.data.types import Conversation, Message, Turn
 from llamafactory.extras.errors import LlamaFactoryError
+from llamafactory.extras.network import go_offline
 from llamafactory.model.loader import load_tokenizer
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ class ChatModel:
         Args:
             cfg: the resolved configuration.
         """
+        if cfg.model.offline:
+            go_offline()
         self.cfg = cfg
         name = cfg.data.template
         record = None if name in (None, "auto") else find_record(name)
@@ -107,7 +110,10 @@ class ChatModel:
         return self.engine.stream(prompt_ids, generation, stop_ids=self.stop_ids, seed=seed)
 
     def prompt_ids(
-        self, messages: Sequence[Mapping[str, str]], system: str | None = None, tools: Sequence[Mapping[str, object]] = ()
+        self,
+        messages: Sequence[Mapping[str, str]],
+        system: str | None = None,
+        tools: Sequence[Mapping[str, object]] = (),
     ) -> list[int]:
         """Token ids of a dialogue and the generation prompt, as training saw them."""
         found = [Message(role=_role(row), content=row["content"]) for row in messages]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import sys
 from typing import TYPE_CHECKING, TextIO
 
@@ -20,8 +21,8 @@ def run(cfg: RunConfig) -> int:
     Returns:
         Exit code: 0, or 130 where Ctrl+C at the prompt ended it.
     """
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  (line editing and history, where the platform has it)
+    with contextlib.suppress(ImportError):  # line editing and history, where the platform has it
+        importlib.import_module("readline")
     model = ChatModel(cfg)
     print(f"{cfg.model.model_name_or_path}, template {model.template.name}. {HELP}")
     return talk(model, sys.stdout)

@@ -102,8 +102,8 @@ class Encoder:
     def _by_offsets(self, turns: Sequence[tuple[list[_Run], list[_Run]]]) -> list[EncodedTurn] | None:
         """Ids of the whole text, dealt out to the runs by the character at which each token starts.
 
-        None if a token reaches from a prompt into its answer: generation can never write that token, so that the ids of
-        the parts are right.
+        None if a token reaches from a prompt into its answer: generation cannot write that token, so the ids of the
+        parts are right.
         """
         encoding = self._backend.encode(_whole_text(turns), add_special_tokens=False)
         starts = [offset[0] for offset in encoding.offsets]

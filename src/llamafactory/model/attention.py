@@ -59,6 +59,7 @@ def segment_attention(
         scaling: factor on the scores; None means `head_dim ** -0.5`.
         segment_lengths: tokens of each segment, summing to `time`.
         sliding_window: a token sees itself and the `sliding_window - 1` tokens before it.
+        **kwargs: of the stock path.
 
     Returns:
         `[1, time, heads, head_dim]` and None for the attention weights.

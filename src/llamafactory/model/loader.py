@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from llamafactory.extras.errors import LlamaFactoryError
 from llamafactory.model.embedded import resolve_model_path
@@ -86,7 +86,7 @@ def load_model(cfg: ModelConfig, *, dtype: str, attention: str, device: str | No
     else:
         path = model_path(cfg)
         model = _loading(cfg, lambda: AutoModelForCausalLM.from_pretrained(path, **_hub_options(cfg), **options))
-    return model.to(device) if device else model
+    return cast("Any", model).to(device) if device else model
 
 
 def model_path(cfg: ModelConfig) -> str:

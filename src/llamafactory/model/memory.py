@@ -82,9 +82,7 @@ def training_state_bytes(config: PreTrainedConfig, *, full: bool, element_bytes:
     return shape.num_params * element_bytes * (4 if full else 1)
 
 
-def step_flops(
-    config: PreTrainedConfig, *, lengths: Iterable[int], num_targets: int, full: bool
-) -> int | None:
+def step_flops(config: PreTrainedConfig, *, lengths: Iterable[int], num_targets: int, full: bool) -> int | None:
     """Lower bound of the FLOPs of one optimizer step: real tokens and supervised rows only.
 
     Padding, masks, recomputation and unsupervised logits are not in it, so they lower the utilisation that is

@@ -132,13 +132,17 @@ def _layout(
     packs = bool(cfg.data.packing or cfg.data.neat_packing)
     stock = {"disabled": "eager", "fa2": "flash_attention_2", "fa3": "flash_attention_3"}.get(choice, "sdpa")
     if choice in ("fa2", "fa3") and hardware.device != "cuda":
-        raise _refusal("flash_attn", choice, f"needs a CUDA device; this run is on {hardware.device}", "flash_attn: auto")
+        raise _refusal(
+            "flash_attn", choice, f"needs a CUDA device; this run is on {hardware.device}", "flash_attn: auto"
+        )
     if choice in ("auto", "sdpa") and family.segments:
         return "flat", "segments", "rows lie end to end, one attention call a row: no padding, no leaking"
     if packs:
         why = f"flash_attn {choice}" if family.segments else f"model type {model_type!r}"
         raise _refusal("packing", "true", f"packing has no proven leak-free path with {why}", "packing: false")
-    reason = f"flash_attn: {choice}" if family.segments else f"model type {model_type!r} has no proven padding-free path"
+    reason = (
+        f"flash_attn: {choice}" if family.segments else f"model type {model_type!r} has no proven padding-free path"
+    )
     return "padded", stock, f"right-padded batches; {reason}"
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -15,13 +15,13 @@ from llamafactory.data.template_choice import build_template, find_record
 from llamafactory.extras import log
 from llamafactory.extras.errors import ConfigError, Problem
 from llamafactory.extras.files import give_usual_modes
+from llamafactory.extras.hardware import measure_gemm_peak
 from llamafactory.model.loader import adapter_folders, load_model, load_tokenizer
 from llamafactory.model.memory import step_flops
 from llamafactory.model.method import apply_method, load_method
-from llamafactory.extras.hardware import measure_gemm_peak
-from llamafactory.train.checkpoint import RunState, load_state, restore_training
+from llamafactory.train.checkpoint import fresh_state, load_state, restore_training
 from llamafactory.train.feed import Feed
-from llamafactory.train.loop import Job
+from llamafactory.train.loop import Job, Updates
 from llamafactory.train.optim import build_optimizer
 from llamafactory.train.schedule import build_schedule
 from llamafactory.train.stage import Models, load_stage
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from llamafactory.hparams.model import ModelConfig
     from llamafactory.hparams.run_config import RunConfig
     from llamafactory.hparams.section import Section
-    from llamafactory.train.output_dir import Claim
     from llamafactory.model.plan import ModelPlan
+    from llamafactory.train.output_dir import Claim
 
 
 def load_text(cfg: RunConfig) -> tuple[PreTrainedTokenizerFast, Template]:
@@ -69,7 +69,9 @@ def start_accelerator(cfg: RunConfig, plan: ModelPlan) -> Accelerator:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=cfg.train.ddp_timeout))],
     )
     if cfg.train.report_to:
-        shown = {key: value for key, value in cfg.flat(mask_secrets=True).items() if isinstance(value, int | float | str)}
+        shown = {
+            key: value for key, value in cfg.flat(mask_secrets=True).items() if isinstance(value, int | float | str)
+        }
         accelerator.init_trackers("llamafactory", config=shown)
     if cfg.train.full_determinism:
         enable_full_determinism(cfg.train.seed)
@@ -91,9 +93,7 @@ def load_policy(cfg: RunConfig, plan: ModelPlan, *, resume_from: Path | None) ->
     if resume_from is not None:
         source, options, folders = _resumed(cfg, resume_from, folders)
     model = load_model(source, dtype=plan.weight_dtype, attention=plan.attention)
-    policy = apply_method(
-        model, cfg.train.finetuning_type, options, adapters=folders, trainable=cfg.train.do_train
-    )
+    policy = apply_method(model, cfg.train.finetuning_type, options, adapters=folders, trainable=cfg.train.do_train)
     if plan.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": cfg.model.use_reentrant_gc})
         if cfg.model.use_reentrant_gc:
@@ -107,7 +107,11 @@ def _resumed(
     """Where a resumed run finds its weights: the base with what was merged into it, then the checkpoint."""
     method = load_method(cfg.train.finetuning_type)
     if not method.saves_adapter:
-        return cfg.model.model_copy(update={"model_name_or_path": str(checkpoint), "train_from_scratch": False}), cfg.adapter_options, ()
+        return (
+            cfg.model.model_copy(update={"model_name_or_path": str(checkpoint), "train_from_scratch": False}),
+            cfg.adapter_options,
+            (),
+        )
     merged = method.merged_before(cfg.adapter_options, adapters)
     options = cfg.adapter_options
     if "create_new_adapter" in type(options).model_fields:
@@ -141,24 +145,27 @@ def assemble_job(
     train = cfg.train
     stage = load_stage(train.stage)
     module: Any = StageModule(stage, Models(policy=policy, plan=plan), cfg.stage_options)
-    optimizer = build_optimizer(module, train, device=accelerator.device.type) if train.do_train else None
-    feed = partial(build_feed, cfg, plan, pad_id=tokenizer.pad_token_id, num_ranks=accelerator.num_processes)
+    pad_id = cast("int", tokenizer.pad_token_id)
+    feed = partial(build_feed, cfg, plan, pad_id=pad_id, num_ranks=accelerator.num_processes)
     training = feed(data.train, training=True)
     total_steps = training.schedule.total_windows(max_steps=train.max_steps, num_epochs=train.num_train_epochs)
-    scheduler = build_schedule(optimizer, train, total_steps=total_steps) if optimizer else None
-    start = RunState(
-        run_id=claim.run_id, step=0, epoch=0.0, scheduler={}, log_history=[], num_supervised_tokens=0, seconds=0.0
-    )
-    if claim.resume_from is not None and optimizer is not None and scheduler is not None:
-        start = load_state(claim.resume_from)
-        restore_training(claim.resume_from, optimizer)
-        scheduler.load_state_dict({**scheduler.state_dict(), **start.scheduler})
+    start, updates = fresh_state(claim.run_id), None
     writer = model_writer(policy, tokenizer)
-    module, prepared = accelerator.prepare(module, optimizer) if optimizer else (accelerator.prepare(module), None)
+    if train.do_train:
+        optimizer: Any = build_optimizer(module, train, device=accelerator.device.type)
+        scheduler = build_schedule(optimizer, train, total_steps=total_steps)
+        if claim.resume_from is not None:
+            start = load_state(claim.resume_from)
+            restore_training(claim.resume_from, optimizer)
+            scheduler.load_state_dict({**scheduler.state_dict(), **start.scheduler})
+        module, optimizer = accelerator.prepare(module, optimizer)
+        updates = Updates(optimizer=optimizer, scheduler=scheduler)
+    else:
+        module = accelerator.prepare(module)
     flops = partial(_flops, model_config, load_method(train.finetuning_type).trains_base)
     return Job(
         cfg=train, output_dir=claim.output_dir, run_id=claim.run_id, accelerator=accelerator, module=module,
-        optimizer=prepared, scheduler=scheduler, feed=training,
+        updates=updates, feed=training,
         evaluation={_prefix(name): feed(examples, training=False) for name, examples in data.evaluation.items()},
         total_steps=total_steps, start=start, write_model=writer, step_flops=flops,
         peak_flops=_peak_flops(plan) * accelerator.num_processes,
@@ -182,7 +189,9 @@ def _flops(config: PreTrainedConfig, full: bool, lengths: list[int], num_targets
 
 def _peak_flops(plan: ModelPlan) -> float:
     """FLOP/s of one device in the dtype that the run computes in."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(plan.autocast, getattr(torch, plan.weight_dtype))
+    dtype = cast(
+        "torch.dtype", getattr(torch, {"bf16": "bfloat16", "fp16": "float16"}.get(plan.autocast, plan.weight_dtype))
+    )
     return measure_gemm_peak(plan.device, dtype, size=1024 if plan.device == "cpu" else 8192)
 
 
@@ -253,5 +262,7 @@ def require_trainable(num_trainable: int) -> None:
     """Refuses a run that would train nothing."""
     if num_trainable == 0:
         raise ConfigError(
-            Problem(key="finetuning_type", message="no parameter is trainable", fix="check lora_target and freeze keys")
+            Problem(
+                key="finetuning_type", message="no parameter is trainable", fix="check lora_target and freeze keys"
+            )
         )

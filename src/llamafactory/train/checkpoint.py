@@ -56,6 +56,13 @@ class RunState:
     seconds: float
 
 
+def fresh_state(run_id: str) -> RunState:
+    """The state before the first step."""
+    return RunState(
+        run_id=run_id, step=0, epoch=0.0, scheduler={}, log_history=[], num_supervised_tokens=0, seconds=0.0
+    )
+
+
 def save_checkpoint(
     output_dir: Path,
     state: RunState,
@@ -126,15 +133,17 @@ def newest_checkpoint(output_dir: Path) -> Path | None:
         log.warn(f"{folder} is not used: {fault}")
     if candidates:
         raise LlamaFactoryError(
-            f"{output_dir}: none of {len(candidates)} checkpoints is intact. Restore one from a backup, or start again "
-            "with overwrite_output_dir: true."
+            f"{output_dir}: none of {len(candidates)} checkpoints is intact. Restore one from a backup, or start "
+            "again with overwrite_output_dir: true."
         )
     return None
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Folders named `checkpoint-<step>`, oldest first."""
-    found = [(int(match[1]), path) for path in output_dir.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
+    found = [
+        (int(match[1]), path) for path in output_dir.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))
+    ]
     return [path for _, path in sorted(found)]
 
 

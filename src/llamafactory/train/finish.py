@@ -111,9 +111,7 @@ def final_evaluation(job: Job) -> dict[str, float]:
     values: dict[str, float] = {}
     for prefix, feed in job.evaluation.items():
         started = time.monotonic()
-        loss, units = steps.evaluation_loss(
-            job.accelerator, job.module, feed.one_pass(job.accelerator.process_index)
-        )
+        loss, units = steps.evaluation_loss(job.accelerator, job.module, feed.one_pass(job.accelerator.process_index))
         seconds = time.monotonic() - started
         values |= {
             f"{prefix}_loss": loss,
@@ -141,7 +139,12 @@ def _write_reports(
     state = result.state
     write_json(
         folder / "trainer_state.json",
-        {"global_step": state.step, "epoch": state.epoch, "max_steps": job.total_steps, "log_history": state.log_history},
+        {
+            "global_step": state.step,
+            "epoch": state.epoch,
+            "max_steps": job.total_steps,
+            "log_history": state.log_history,
+        },
     )
     if cfg.train.plot_loss:
         for path in plot_curves(folder, state.log_history):

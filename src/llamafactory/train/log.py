@@ -19,8 +19,8 @@ LOG_FILE = "trainer_log.jsonl"
 class RunLog:
     """Writes log rows to disk and shows progress.
 
-    On a terminal a bar with the remaining time stays at the bottom; elsewhere each row is one plain line. A log file or
-    a tracker that fails is reported once and never stops the training.
+    On a terminal a bar with the remaining time stays at the bottom; elsewhere each row is one plain line. A log file
+    or a tracker that fails is reported once and never stops the training.
     """
 
     def __init__(
@@ -60,7 +60,9 @@ class RunLog:
             self._bar.progress.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Takes the bar away."""
         if self._bar:
             self._bar.progress.stop()
@@ -135,8 +137,14 @@ class _Bar:
 
     def __init__(self, total: int, done: int) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-        from rich.progress import TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
         self.progress = Progress(
             TextColumn("{task.description}"),

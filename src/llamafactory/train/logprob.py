@@ -1,7 +1,7 @@
 """Cross-entropy on supervised rows only: never a full `[batch, time, vocab]` logits tensor.
 
-The head runs on the rows whose next token is supervised, in chunks, and the gradient is made while a chunk's logits are
-still in the cache (the idea of Liger, arXiv 2410.10989; here without kernels, for any device). What this file never
+The head runs on the rows whose next token is supervised, in chunks, and the gradient is made while a chunk's logits
+are still in the cache (the idea of Liger, arXiv 2410.10989; without kernels, for any device). What this file never
 does: decide which rows are supervised, or divide by a count.
 """
 
@@ -34,18 +34,20 @@ def supervised_nll(model: nn.Module, batch: Batch, plan: ModelPlan) -> Tensor:
         A float32 scalar that is attached to the graph also where nothing is supervised.
     """
     base = unwrap_peft(model)
-    hidden = hidden_states(base, batch) if plan.fused_head else None
-    head = base.get_output_embeddings()
-    if hidden is not None and type(head) is nn.Linear and head.bias is None:
-        rows = hidden.flatten(0, 1).index_select(0, batch.target_rows)
-        return ChunkedCrossEntropy.apply(
-            rows, head.weight, batch.target_ids, batch.target_weights, plan.loss_chunk_rows
-        )
-    logits = head(hidden) if hidden is not None else _forward(base, batch).logits
-    rows = logits.flatten(0, 1).index_select(0, batch.target_rows).float()
-    losses = F.cross_entropy(rows, batch.target_ids, reduction="none")
-    weighted = losses if batch.target_weights is None else losses * batch.target_weights
-    return weighted.sum() + 0.0 * logits.sum()
+    head: Any = base.get_output_embeddings()
+    if not plan.fused_head:
+        logits = _forward(base, batch).logits.flatten(0, 1).index_select(0, batch.target_rows)
+        return _weighted_sum(logits, batch)
+    rows = hidden_states(base, batch).flatten(0, 1).index_select(0, batch.target_rows)
+    if type(head) is not nn.Linear or "bias" in head.state_dict():  # for example wrapped by an adapter
+        return _weighted_sum(head(rows), batch)
+    return ChunkedCrossEntropy.apply(rows, head.weight, batch.target_ids, batch.target_weights, plan.loss_chunk_rows)
+
+
+def _weighted_sum(logits: Tensor, batch: Batch) -> Tensor:
+    """Sum of cross-entropies of `[targets, vocab]` logits; an empty sum is zero and stays attached to the graph."""
+    losses = F.cross_entropy(logits.float(), batch.target_ids, reduction="none")
+    return (losses if batch.target_weights is None else losses * batch.target_weights).sum()
 
 
 def hidden_states(base: PreTrainedModel, batch: Batch) -> Tensor:

@@ -16,6 +16,7 @@ from llamafactory.train import step as steps
 from llamafactory.train.checkpoint import RunState, save_checkpoint
 from llamafactory.train.log import RunLog
 from llamafactory.train.signals import StopRequest
+from llamafactory.train.step import summed
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -24,6 +25,14 @@ if TYPE_CHECKING:
 
     from llamafactory.hparams.train import TrainConfig
     from llamafactory.train.feed import Feed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Updates:
+    """What changes the weights: the prepared optimizer, and the schedule that is stepped once an optimizer step."""
+
+    optimizer: Optimizer
+    scheduler: LRScheduler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +45,7 @@ class Job:
         run_id: of the run.
         accelerator: devices and ranks.
         module: the prepared `StageModule`.
-        optimizer: the prepared optimizer.
-        scheduler: of the learning rate; stepped once an optimizer step.
+        updates: optimizer and schedule, or None for a run that only evaluates.
         feed: training batches.
         evaluation: prefix of the metric names (`eval`, or `eval_<name>`) -> batches.
         total_steps: optimizer steps of the whole run.
@@ -52,8 +60,7 @@ class Job:
     run_id: str
     accelerator: Accelerator
     module: nn.Module
-    optimizer: Optimizer
-    scheduler: LRScheduler
+    updates: Updates | None
     feed: Feed
     evaluation: Mapping[str, Feed]
     total_steps: int
@@ -110,7 +117,9 @@ class _Run:
     """The moving parts of one call of `fit`."""
 
     def __init__(self, job: Job) -> None:
-        self.job = job
+        if job.updates is None:
+            raise ValueError("a job without optimizer cannot train")
+        self.job, self.updates = job, job.updates
         self.step = job.start.step
         self.supervised = job.start.num_supervised_tokens
         self.last_checkpoint: Path | None = None
@@ -135,9 +144,9 @@ class _Run:
         started = time.monotonic()
         window = job.feed.window(self.step, job.accelerator.process_index)
         loss = steps.accumulate(job.accelerator, job.module, window)
-        norm = steps.apply_gradient(job.accelerator, job.module, job.optimizer, job.cfg.max_grad_norm)
-        rate = job.scheduler.get_last_lr()[0]
-        job.scheduler.step()
+        norm = steps.apply_gradient(job.accelerator, job.module, self.updates.optimizer, job.cfg.max_grad_norm)
+        rate = float(self.updates.scheduler.get_last_lr()[0])
+        self.updates.scheduler.step()
         self.step += 1
         self.supervised += window.num_units
         flops = job.step_flops(list(window.lengths), window.num_units)
@@ -192,7 +201,7 @@ class _Run:
                 job.output_dir,
                 self.state(),
                 write_model=job.write_model,
-                optimizer=None if job.cfg.save_only_model else job.optimizer,
+                optimizer=None if job.cfg.save_only_model else self.updates.optimizer,
                 limit=job.cfg.save_total_limit,
             )
         self._saved_at = self.step
@@ -204,7 +213,7 @@ class _Run:
             run_id=self.job.run_id,
             step=self.step,
             epoch=self.epoch,
-            scheduler=_plain(self.job.scheduler.state_dict()),
+            scheduler=_plain(self.updates.scheduler.state_dict()),
             log_history=self.log.history,
             num_supervised_tokens=self.supervised,
             seconds=self.job.start.seconds + self.log.seconds,
@@ -234,7 +243,7 @@ class _Run:
         if accelerator.num_processes == 1:
             return bool(stop.signal)
         flag = torch.tensor([stop.signal], device=accelerator.device)
-        stop.signal = int(accelerator.reduce(flag, reduction="sum").item()) and (stop.signal or 15)
+        stop.signal = int(summed(accelerator, flag)) and (stop.signal or 15)
         return bool(stop.signal)
 
     def is_due(self, every: float) -> bool:
@@ -263,7 +272,7 @@ class _Window:
         self.flops: int | None = 0
         self.seconds = 0.0
         self.grad_norm: torch.Tensor | None = None
-        self.learning_rate = 0.0
+        self.learning_rate: float = 0.0
 
     def add(
         self, loss: torch.Tensor, units: int, tokens: int, examples: int, flops: int | None, seconds: float
@@ -279,7 +288,7 @@ class _Window:
         """Nats per supervised token over all ranks; waits for the device."""
         if self.loss is None:
             return float("nan")
-        return float(accelerator.reduce(self.loss.clone(), reduction="sum")) / max(1, self.units)
+        return float(summed(accelerator, self.loss.clone())) / max(1, self.units)
 
 
 def _plain(state: Mapping[str, Any]) -> dict[str, Any]:

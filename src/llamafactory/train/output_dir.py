@@ -66,7 +66,9 @@ def claim_output_dir(cfg: RunConfig) -> Claim:
     new = Claim(output_dir=folder, run_id=uuid.uuid4().hex, resume_from=None, replaces=False)
     explicit = cfg.train.resume_from_checkpoint
     if isinstance(explicit, str):
-        return Claim(output_dir=folder, run_id=_run_id(folder) or new.run_id, resume_from=Path(explicit), replaces=False)
+        return Claim(
+            output_dir=folder, run_id=_run_id(folder) or new.run_id, resume_from=Path(explicit), replaces=False
+        )
     wants_resume = explicit is True
     if cfg.train.overwrite_output_dir and not wants_resume:
         return Claim(output_dir=folder, run_id=new.run_id, resume_from=None, replaces=True)
@@ -79,7 +81,7 @@ def claim_output_dir(cfg: RunConfig) -> Claim:
         raise _problem(
             folder,
             "holds a run with another configuration: " + "; ".join(differences),
-            "choose another output_dir, or set overwrite_output_dir: true to replace it, or undo these changes to resume",
+            "choose another output_dir, set overwrite_output_dir: true to replace it, or undo the changes to resume",
         )
     if record.get("state") == "finished":
         raise _problem(

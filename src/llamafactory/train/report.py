@@ -16,7 +16,17 @@ from llamafactory.model.method import load_method
 if TYPE_CHECKING:
     from llamafactory.hparams.run_config import RunConfig
 
-_PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "peft", "datasets", "safetensors", "numpy", "pydantic")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "accelerate",
+    "peft",
+    "datasets",
+    "safetensors",
+    "numpy",
+    "pydantic",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,7 +107,9 @@ def git_commit(start: Path) -> str | None:
     return None
 
 
-def write_model_card(output_dir: Path, cfg: RunConfig, record: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+def write_model_card(
+    output_dir: Path, cfg: RunConfig, record: Mapping[str, Any], metrics: Mapping[str, float]
+) -> None:
     """Writes `README.md`: base, method, data, figures and how to use the result."""
     train, base = cfg.train, cfg.model.model_name_or_path
     is_adapter = load_method(train.finetuning_type).saves_adapter

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +74,9 @@ def accumulate(accelerator: Accelerator, module: nn.Module, window: Window) -> T
     return total
 
 
-def apply_gradient(accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer, clip: float) -> Tensor | None:
+def apply_gradient(
+    accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer, clip: float
+) -> Tensor | None:
     """Clips, steps and clears the gradient.
 
     Args:
@@ -93,6 +95,11 @@ def apply_gradient(accelerator: Accelerator, module: nn.Module, optimizer: torch
     return norm
 
 
+def summed(accelerator: Accelerator, tensor: Tensor) -> Tensor:
+    """The sum of a tensor over all ranks; waits for them."""
+    return cast("Tensor", accelerator.reduce(tensor, reduction="sum"))
+
+
 @torch.no_grad()
 def evaluation_loss(accelerator: Accelerator, module: nn.Module, batches: Iterable[Batch]) -> tuple[float, int]:
     """Mean loss over all ranks' supervised tokens. Memory does not grow with the number of batches.
@@ -102,11 +109,13 @@ def evaluation_loss(accelerator: Accelerator, module: nn.Module, batches: Iterab
     """
     was_training = module.training
     module.eval()
-    sums = torch.zeros(2, dtype=torch.float64, device="cpu" if accelerator.device.type == "mps" else accelerator.device)
+    sums = torch.zeros(
+        2, dtype=torch.float64, device="cpu" if accelerator.device.type == "mps" else accelerator.device
+    )
     for batch in batches:
         output: LossOutput = module(batch.to(accelerator.device))
         sums[0] += output.loss_sum
         sums[1] += output.num_units
     module.train(was_training)
-    total, units = accelerator.reduce(sums, reduction="sum").tolist()
+    total, units = summed(accelerator, sums).tolist()
     return (total / units if units else float("nan")), int(units)

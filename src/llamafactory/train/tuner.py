@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from llamafactory.extras import log
+from llamafactory.extras.network import go_offline
 from llamafactory.train.output_dir import claim_output_dir
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ def run_exp(cfg: RunConfig) -> RunResult:
     Raises:
         LlamaFactoryError: configuration, data, model or output folder cannot be used; nothing was overwritten.
     """
+    if cfg.model.offline:
+        go_offline()
     claim = claim_output_dir(cfg)
     log.info(f"output: {claim.output_dir}" + (f", continuing {claim.resume_from.name}" if claim.resume_from else ""))
     from llamafactory.data.pipeline import prepare_data
@@ -29,7 +32,12 @@ def run_exp(cfg: RunConfig) -> RunResult:
 
     tokenizer, template = build.load_text(cfg)
     data = prepare_data(
-        cfg.data, template, tokenizer, seed=build.data_seed(cfg), for_training=cfg.train.do_train, output_dir=claim.output_dir
+        cfg.data,
+        template,
+        tokenizer,
+        seed=build.data_seed(cfg),
+        for_training=cfg.train.do_train,
+        output_dir=claim.output_dir,
     )
     build.say_lines(data.report.lines())
     model_config = load_model_config(cfg.model)
@@ -39,7 +47,14 @@ def run_exp(cfg: RunConfig) -> RunResult:
     policy = build.load_policy(cfg, plan, resume_from=claim.resume_from)
     record = finish.RunRecord.start(cfg, claim, plan=plan, data=data, policy=policy)
     job = build.assemble_job(
-        cfg, claim, plan=plan, data=data, policy=policy, tokenizer=tokenizer, model_config=model_config, accelerator=accelerator
+        cfg,
+        claim,
+        plan=plan,
+        data=data,
+        policy=policy,
+        tokenizer=tokenizer,
+        model_config=model_config,
+        accelerator=accelerator,
     )
     with record.closing(accelerator):
         result = fit(job) if cfg.train.do_train else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import GenerationConfig as HFGenerationConfig
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from llamafactory.hparams.generation import GenerationConfig
     from llamafactory.hparams.run_config import RunConfig
 
-_END = None
 _ATTENTION = {"disabled": "eager", "fa2": "flash_attention_2", "fa3": "flash_attention_3"}
 
 
@@ -64,7 +63,7 @@ class Engine:
         ids: list[int] = []
         shown, unreported = "", 0
         reason = "length"
-        while (token := tokens.next()) is not _END:
+        while (token := tokens.next()) is not None:
             unreported += 1
             if token in stop_ids:
                 reason = "stop"
@@ -79,9 +78,10 @@ class Engine:
         yield Piece(text=text[len(shown) :], num_tokens=unreported, finish_reason=reason)  # type: ignore[arg-type]
 
     def _decode(self, ids: list[int], generation: GenerationConfig) -> str:
-        return self.tokenizer.decode(
+        text = self.tokenizer.decode(
             ids, skip_special_tokens=generation.skip_special_tokens, clean_up_tokenization_spaces=False
         )
+        return cast("str", text)
 
     def _generate(
         self,
@@ -165,5 +165,5 @@ class _Cancelled(StoppingCriteria):
     def __init__(self, event: threading.Event) -> None:
         self._event = event
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
         return torch.full((input_ids.shape[0],), self._event.is_set(), dtype=torch.bool, device=input_ids.device)

@@ -95,7 +95,9 @@ def _check_targets(model: PreTrainedModel, options: Options) -> None:
     names = [name for name, _ in model.named_modules()]
     linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     targets = [name for name in (*options.lora_target, *options.additional_target) if name != "all"]
-    missing = [target for target in targets if not any(name == target or name.endswith("." + target) for name in names)]
+    missing = [
+        target for target in targets if not any(name == target or name.endswith("." + target) for name in names)
+    ]
     if missing:
         raise LlamaFactoryError(
             f"lora_target/additional_target: {', '.join(missing)} matches no module of {type(model).__name__}. "

@@ -1,4 +1,4 @@
-"""2026-11-23: peft 0.21 reads `is_gradient_checkpointing`, which transformers 5.23 reports as deprecated on every wrap.
+"""2026-11-23: peft 0.21 reads `is_gradient_checkpointing`, which transformers 5.23 calls deprecated on every wrap.
 
 Upstream: `peft/peft_model.py`, `PeftModel.__init__`. Delete when peft's floor in pyproject.toml reads
 `is_activation_checkpointing`.
