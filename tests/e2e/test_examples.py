@@ -39,5 +39,11 @@ def test_a_training_example_takes_a_step(path, tiny_model_dir, tmp_path, monkeyp
     from llamafactory.train.tuner import run_exp
 
     monkeypatch.chdir(ROOT)
-    words = [str(path), f"model_name_or_path={tiny_model_dir}", f"output_dir={tmp_path}", "max_steps=1", "max_samples=12"]
+    words = [
+        str(path),
+        f"model_name_or_path={tiny_model_dir}",
+        f"output_dir={tmp_path}",
+        "max_steps=1",
+        "max_samples=12",
+    ]
     assert run_exp(load_config(words)).exit_code == 0

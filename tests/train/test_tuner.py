@@ -112,7 +112,7 @@ def test_full_fine_tuning_saves_a_model_and_resumes(train_config, monkeypatch, t
 
 
 def test_ctrl_c_saves_and_says_so(train_config, monkeypatch):
-    cfg = train_config(num_train_epochs=200, save_strategy="no")
+    cfg = train_config(save_strategy="no")
     original = loop._Run.train_step
 
     def interrupted(run):
@@ -124,7 +124,7 @@ def test_ctrl_c_saves_and_says_so(train_config, monkeypatch):
     monkeypatch.setattr(loop._Run, "train_step", interrupted)
     result = run_exp(cfg)
     assert result.exit_code == 130
-    assert result.summary.startswith("stopped by SIGINT after step 3 of 1000, saved in")
+    assert result.summary.startswith("stopped by SIGINT after step 3 of 10, saved in")
     assert (cfg.train.output_dir and Path(cfg.train.output_dir) / "checkpoint-3" / "MANIFEST.json").is_file()
     assert json.loads((result.output_dir / "run.json").read_text())["state"] == "interrupted"
     monkeypatch.undo()

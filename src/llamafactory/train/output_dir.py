@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,7 +76,8 @@ def claim_output_dir(cfg: RunConfig) -> Claim:
     if record is None:
         _refuse_foreign_model(folder)
         return new
-    differences = _differences(record.get("config", {}), cfg.flat(mask_secrets=True))
+    ignored = _HARMLESS | set(type(cfg.generation).model_fields) | set(type(cfg.export).model_fields)
+    differences = _differences(record.get("config", {}), cfg.flat(mask_secrets=True), ignored)
     if differences:
         raise _problem(
             folder,
@@ -145,11 +146,11 @@ def _refuse_foreign_model(folder: Path) -> None:
         )
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], ignored: Set[str]) -> list[str]:
     changed = []
     for key in sorted(set(before) | set(now)):
         old, new = before.get(key), json.loads(json.dumps(now.get(key)))
-        if key not in _HARMLESS and old != new:
+        if key not in ignored and old != new:
             changed.append(f"{key} {json.dumps(old)} -> {json.dumps(new)}")
     return changed[:8] + ([f"and {len(changed) - 8} more"] if len(changed) > 8 else [])
 

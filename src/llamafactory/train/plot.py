@@ -6,9 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-SMOOTHING = 0.8
-"""Weight of the past in the exponential moving average."""
-
 
 def plot_curves(output_dir: Path, history: Sequence[Mapping[str, Any]]) -> list[Path]:
     """Draws `training_<key>.png` for the loss and each evaluation loss that the log holds.
@@ -25,11 +22,12 @@ def plot_curves(output_dir: Path, history: Sequence[Mapping[str, Any]]) -> list[
     return written
 
 
-def smooth(values: Sequence[float], weight: float = SMOOTHING) -> list[float]:
-    """Exponential moving average that starts at the first value."""
+def smooth(values: Sequence[float]) -> list[float]:
+    """Exponential moving average over about a tenth of the curve, at least three points; starts at the first value."""
+    new = 2 / (max(3.0, len(values) / 10) + 1)
     smoothed: list[float] = []
     for value in values:
-        smoothed.append(value if not smoothed else weight * smoothed[-1] + (1 - weight) * value)
+        smoothed.append(value if not smoothed else (1 - new) * smoothed[-1] + new * value)
     return smoothed
 
 

@@ -26,9 +26,9 @@ def build_schedule(optimizer: Optimizer, cfg: TrainConfig, *, total_steps: int) 
     warmup = warmup_steps(cfg, total_steps)
     options = dict(cfg.lr_scheduler_kwargs or {})
     if cfg.lr_scheduler_type == "warmup_stable_decay":
-        stable = (total_steps - warmup) // 3
-        options.setdefault("num_stable_steps", stable)
-        options.setdefault("num_decay_steps", total_steps - warmup - options["num_stable_steps"])
+        after = total_steps - warmup
+        stable = options.pop("num_stable_steps", after // 3)
+        options.setdefault("num_decay_steps", after - stable)  # what is not decay is stable
     return get_scheduler(
         cfg.lr_scheduler_type,
         optimizer,
