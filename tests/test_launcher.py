@@ -98,7 +98,7 @@ def test_launch_train_runs_here_or_in_a_child(forced: str, monkeypatch: pytest.M
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     monkeypatch.setenv("FORCE_TORCHRUN", forced)
     monkeypatch.setattr("llamafactory.python_api.run_exp", lambda config: Result())
-    monkeypatch.setattr(launcher, "_run_child", lambda command, environment: commands.append(command) or 7)
+    monkeypatch.setattr(launcher, "_run_child", lambda command, environment, folder: commands.append(command) or 7)
     assert launcher.launch_train(WORDS, CPU) == (7 if forced == "1" else 130)
     assert len(commands) == int(forced)
 

@@ -6,6 +6,7 @@ disk. A gap over the limit is an error, and the folder is left under a name that
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import shutil
@@ -16,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llamafactory.data.template_choice import end_token
 from llamafactory.extras import log
 from llamafactory.extras.errors import ConfigError, LlamaFactoryError, Problem
 from llamafactory.extras.files import give_usual_modes, write_json
+from llamafactory.extras.hardware import read_hardware
 from llamafactory.extras.network import go_offline
 from llamafactory.model.loader import adapter_folders, load_model, load_tokenizer
 from llamafactory.model.method import apply_method
@@ -88,7 +91,7 @@ def export_and_verify(cfg: RunConfig) -> ExportProof:
         go_offline()
     target = Path(cfg.export.export_dir or "")
     _refuse_occupied(target)
-    tokenizer = load_tokenizer(cfg.model)
+    tokenizer = load_tokenizer(cfg.model, eos_token=end_token(cfg.data.template))
     prompts = _held_prompts(tokenizer)
     model, before, base = _merged(cfg, prompts)
     dtype = _export_dtype(cfg.model, model)
@@ -107,8 +110,7 @@ def export_and_verify(cfg: RunConfig) -> ExportProof:
          "base_model": cfg.model.model_name_or_path, "adapters": list(cfg.model.adapter_name_or_path)},
     )  # fmt: skip
     if not proof.passed:
-        rejected = target.with_name(f"{target.name}-{REJECTED}")
-        shutil.rmtree(rejected, ignore_errors=True)
+        rejected = _free_name(target.with_name(f"{target.name}-{REJECTED}"))
         staging.rename(rejected)
         raise LlamaFactoryError(
             f"the exported model is not the trained one: {proof.line()}. It was left in {rejected}. Export with "
@@ -144,6 +146,12 @@ def _refuse_occupied(target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
 
 
+def _free_name(path: Path) -> Path:
+    """`path`, or with the first number behind it that no file has."""
+    numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return next(name for name in itertools.chain([path], numbered) if not name.exists())
+
+
 def _held_prompts(tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
     return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in HELD_PROMPTS]
 
@@ -152,7 +160,7 @@ def _merged(
     cfg: RunConfig, prompts: Sequence[Sequence[int]]
 ) -> tuple[Any, list[torch.Tensor], list[torch.Tensor] | None]:
     """The merged fp32 model, the adapter model's logits, and the base model's where there is an adapter."""
-    device = "cpu" if cfg.export.export_device == "cpu" else None
+    device = "cpu" if cfg.export.export_device == "cpu" else read_hardware(use_cpu=cfg.train.use_cpu).device
     model = load_model(cfg.model, dtype="float32", attention="sdpa", device=device).eval()
     adapters = adapter_folders(cfg.model)
     base = logits_of(model, prompts) if adapters else None
@@ -183,8 +191,13 @@ def _published_dtype(cfg: ModelConfig) -> str | None:
 def _complete_folder(folder: Path, model: Any, tokenizer: PreTrainedTokenizerFast) -> None:
     """Adds what a server needs besides weights: tokenizer with its chat template, generation config."""
     tokenizer.save_pretrained(str(folder))
-    if getattr(model, "generation_config", None) is not None:
-        model.generation_config.save_pretrained(str(folder))
+    if not tokenizer.chat_template:
+        log.warn("the tokenizer has no chat template, so a server must be told which one this model was trained with")
+    if (settings := getattr(model, "generation_config", None)) is not None:
+        ends = [] if settings.eos_token_id is None else settings.eos_token_id
+        ends = [ends] if isinstance(ends, int) else list(ends)
+        settings.eos_token_id = list(dict.fromkeys([tokenizer.eos_token_id, *ends]))
+        settings.save_pretrained(str(folder))
     give_usual_modes(folder)
 
 

@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -36,7 +38,7 @@ def launch_train(argv: Sequence[str], config: RunConfig) -> int:
 
         return run_exp(config).exit_code
     command = torchrun_command(argv, os.environ, num_processes)
-    return _run_child(command, child_environment(os.environ))
+    return _run_child(command, child_environment(os.environ), Path(config.train.output_dir or "."))
 
 
 def count_processes(environ: Mapping[str, str], config: RunConfig) -> int:
@@ -122,21 +124,39 @@ def _read_count(environ: Mapping[str, str], name: str, default: int = 0) -> int:
     )
 
 
-def _run_child(command: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Start a child, pass SIGTERM on, wait. Ctrl+C reaches the child by itself; it needs time to save."""
+def _run_child(command: Sequence[str], environment: Mapping[str, str], output_dir: Path | None = None) -> int:
+    """Start torchrun, pass SIGTERM on, wait. Ctrl+C reaches the child by itself; it needs time to save.
+
+    torchrun ends with a trace and status 1 where a signal stops it; the run's own record tells what really happened.
+    """
     child = subprocess.Popen(command, env=environment)
+    received: list[int] = []
 
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        child.send_signal(number)
+    def note_and_pass_on(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if number == signal.SIGTERM:
+            child.send_signal(number)
 
-    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, pass_on), signal.SIGINT: signal.getsignal(signal.SIGINT)}
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = {number: signal.signal(number, note_and_pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         code = child.wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    summary = _interruption(output_dir) if output_dir and received and code else None
+    if summary:
+        print(summary, file=sys.stderr)
+        return 128 + received[0]
     return code if code >= 0 else 128 - code
+
+
+def _interruption(output_dir: Path) -> str | None:
+    """The last line of a run that was stopped by a signal after saving; None where it ended otherwise."""
+    try:
+        record = json.loads((output_dir / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record.get("summary") if record.get("state") == "interrupted" else None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -23,7 +23,7 @@ from llamafactory.train.checkpoint import (
 
 STATE = RunState(
     run_id="a", step=3, epoch=0.5, scheduler={"last_epoch": 3, "_last_lr": [0.1]}, log_history=[{"loss": 1.5}],
-    num_supervised_tokens=70, seconds=1.25,
+    num_tokens=100, num_supervised_tokens=70, seconds=1.25,
 )  # fmt: skip
 
 

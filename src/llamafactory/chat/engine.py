@@ -43,6 +43,11 @@ class Piece:
 class Engine(Protocol):
     """Generates tokens for one prompt. Built from a `RunConfig` by the class `Engine` of `chat/engines/<name>.py`."""
 
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Token ids that the model's own generation config names as ends."""
+        ...
+
     def stream(
         self, prompt_ids: Sequence[int], generation: GenerationConfig, *, stop_ids: frozenset[int], seed: int | None
     ) -> Iterator[Piece]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from llamafactory.chat.engine import Piece, Response, load_engine
 from llamafactory.data.encode import Encoder
-from llamafactory.data.template_choice import build_template, find_record
+from llamafactory.data.template_choice import build_template, end_token
 from llamafactory.data.types import Conversation, Message, Turn
 from llamafactory.extras.errors import LlamaFactoryError
 from llamafactory.extras.network import go_offline
@@ -32,12 +32,12 @@ class ChatModel:
         if cfg.model.offline:
             go_offline()
         self.cfg = cfg
-        name = cfg.data.template
-        record = None if name in (None, "auto") else find_record(name)
-        end = record.stop_words[0] if record and record.replace_eos and record.stop_words else None
-        self.tokenizer = load_tokenizer(cfg.model, eos_token=end)
+        self.tokenizer = load_tokenizer(cfg.model, eos_token=end_token(cfg.data.template))
         self.template = build_template(
-            name, self.tokenizer, default_system=cfg.data.default_system, enable_thinking=cfg.data.enable_thinking
+            cfg.data.template,
+            self.tokenizer,
+            default_system=cfg.data.default_system,
+            enable_thinking=cfg.data.enable_thinking,
         )
         self.engine = load_engine(cfg)
         self._encoder = Encoder(self.tokenizer, is_whole=self.template.is_tokenized_whole)
@@ -124,10 +124,10 @@ class ChatModel:
         return list(turn.prompt_ids)
 
     def _stop_ids(self) -> frozenset[int]:
-        """The tokenizer's end token, and the template's stop words that are one token."""
+        """The ends that tokenizer and model name, and the template's stop words that are one token."""
         vocabulary = self.tokenizer.get_vocab()
         words = [self.tokenizer.eos_token, *self.template.stop_words]
-        return frozenset(vocabulary[word] for word in words if word in vocabulary)
+        return self.engine.end_ids | {vocabulary[word] for word in words if word in vocabulary}
 
 
 def _role(row: Mapping[str, str]) -> Any:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import platform
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 from llamafactory import __version__
+from llamafactory.extras.checkout import git_commit
 from llamafactory.extras.packages import is_installed, version
 
 _PACKAGES = {
@@ -40,7 +40,7 @@ def _facts() -> Iterator[tuple[str, str]]:
         if found is not None:
             yield f"{title} version", found
     yield from _devices()
-    commit = _git_commit()
+    commit = git_commit()
     yield "Git commit", commit or "not a git checkout"
     yield "Default data directory", "found" if Path("data", "dataset_info.json").is_file() else "not found"
 
@@ -59,16 +59,3 @@ def _devices() -> Iterator[tuple[str, str]]:
         yield "GPU number", str(found.num_devices)
         yield "GPU memory", f"{found.memory_bytes / _GIB:.2f} GiB"
     yield "RAM", f"{found.ram_bytes / _GIB:.2f} GiB, {found.ram_available_bytes / _GIB:.2f} GiB free"
-
-
-def _git_commit() -> str | None:
-    """The commit of the checkout that this package is run from."""
-    folder = Path(__file__).resolve().parent
-    if not any((parent / ".git").exists() for parent in folder.parents[:3]):
-        return None
-    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return result.stdout.strip() if result.returncode == 0 else None

@@ -200,12 +200,16 @@ def check_datasets(data: DatasetNames) -> list[Problem]:
     """
     problems: list[Problem] = []
     reported: set[str] = set()
+    owners: dict[tuple[str, str], str] = {}
     for key, names in (("dataset", data.dataset), ("eval_dataset", data.eval_dataset)):
         for name in names:
             try:
                 spec = find_spec(name, data.dataset_dir)
                 if spec.source == "file":
                     list_files(Path(spec.location))
+                if owners.setdefault((key, spec.name), name) != name:
+                    text = f"has the same name as {owners[key, spec.name]}: {spec.name}"
+                    problems.append(Problem(key=key, given=name, message=text, fix="rename one of the two"))
             except DataError as error:
                 if str(error) not in reported:
                     reported.add(str(error))

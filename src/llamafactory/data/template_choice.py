@@ -7,11 +7,12 @@ from typing import Any
 
 from llamafactory.data.chat_template import NamedTemplate, find_record
 from llamafactory.data.jinja_template import JinjaTemplate, tokenizer_jinja
+from llamafactory.data.tool_formats import find_tool_format
 from llamafactory.data.types import Conversation, Message, Template
 from llamafactory.extras.errors import DataError
 from llamafactory.extras.log import note
 
-__all__ = ["build_template", "find_record", "template_difference"]
+__all__ = ["build_template", "end_token", "find_record", "template_difference"]
 
 _DIALOGUE = Conversation(
     messages=(
@@ -25,7 +26,14 @@ _DIALOGUE = Conversation(
 
 
 def build_template(
-    name: str | None, tokenizer: Any, *, default_system: str | None = None, enable_thinking: bool | None = True
+    name: str | None,
+    tokenizer: Any,
+    *,
+    default_system: str | None = None,
+    enable_thinking: bool | None = True,
+    tool_format: str | None = None,
+    preserve_thinking: bool = False,
+    strips_history: bool = False,
 ) -> Template:
     """The template of that name bound to the tokenizer; None or `auto`: the tokenizer's own.
 
@@ -37,12 +45,16 @@ def build_template(
         tokenizer: a transformers tokenizer.
         default_system: system text of conversations that have none; None: the template's own.
         enable_thinking: False asks the template for answers without a thought; None and True leave the template's way.
+        tool_format: syntax of tool calls of a named template; None: the template's own.
+        preserve_thinking: a named template keeps the thoughts of past turns before a new answer.
+        strips_history: a named template leaves thoughts of past turns out in training, too (see `NamedTemplate`).
 
     Raises:
-        DataError: an unknown name, or `auto` with a tokenizer that has no chat template.
+        DataError: an unknown name, `auto` with a tokenizer that has no chat template, or with an option of named ones.
     """
     jinja = tokenizer_jinja(tokenizer)
     if name in (None, "auto"):
+        _refuse_named_options(tool_format=tool_format, preserve_thinking=preserve_thinking or None)
         if jinja is None:
             raise DataError(
                 "the tokenizer has no chat template",
@@ -57,7 +69,13 @@ def build_template(
         bos=tokenizer.bos_token or "",
         eos=tokenizer.eos_token or "",
         default_system=default_system,
+        tool_format_name=tool_format,
+        enable_thinking=enable_thinking,
+        preserve_thinking=preserve_thinking,
+        strips_history=strips_history,
     )
+    if tool_format is not None:
+        find_tool_format(tool_format)
     if jinja is not None and (difference := template_difference(template, tokenizer, jinja)):
         note(
             f"template '{name}' (-) is used; the tokenizer's own (+, template: auto) writes:\n{difference}",
@@ -66,12 +84,31 @@ def build_template(
     return template
 
 
-def template_difference(template: Template, tokenizer: Any, jinja: str) -> str:
-    """How the tokenizer's own template writes a fixed dialogue otherwise, as a diff; empty if it does not."""
+def end_token(name: str | None) -> str | None:
+    """The end token that a named template puts in place of the tokenizer's own; None where it keeps that."""
+    if name is None or name == "auto":
+        return None
+    record = find_record(name)
+    return record.stop_words[0] if record.replace_eos and record.stop_words else None
+
+
+def _refuse_named_options(**options: object) -> None:
+    for key, value in options.items():
+        if value is not None:
+            raise DataError(
+                "the tokenizer's own chat template decides this itself",
+                where=key,
+                found=f"{key}: {str(value).lower()} with template: auto",
+                fix=f"leave {key} out, or name a template",
+            )
+
+
+def template_difference(template: NamedTemplate, tokenizer: Any, jinja: str) -> str:
+    """How the tokenizer's own template asks for the last answer of a fixed dialogue otherwise, as a diff, or empty."""
     texts = []
     for candidate in (template, None):
         try:
-            used = candidate or JinjaTemplate(jinja, tokenizer)
+            used = candidate or JinjaTemplate(jinja, tokenizer, enable_thinking=template.enable_thinking)
             texts.append([_text(used, with_system) for with_system in (True, False)])
         except DataError:
             return ""
@@ -85,5 +122,4 @@ def template_difference(template: Template, tokenizer: Any, jinja: str) -> str:
 
 def _text(template: Template, with_system: bool) -> str:
     messages = _DIALOGUE.messages if with_system else _DIALOGUE.messages[1:]
-    turns = template.render(Conversation(messages=messages))[-1]
-    return "".join(segment.text for turn in turns for segment in (*turn.prompt, *turn.answer))
+    return "".join(segment.text for segment in template.render_prompt(Conversation(messages=messages[:-1])))

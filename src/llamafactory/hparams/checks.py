@@ -61,6 +61,18 @@ def check_data_for_training(config: RunConfig) -> Problem | None:
     )
 
 
+def check_data_to_look_at(config: RunConfig) -> Problem | None:
+    """The command data looks at rows."""
+    if config.command != "data" or config.data.dataset or config.data.eval_dataset:
+        return None
+    return Problem(
+        key="dataset",
+        message="missing",
+        allowed="names of entries in dataset_info.json, or the path of a data file",
+        fix="dataset: NAME",
+    )
+
+
 def check_data_for_evaluation(config: RunConfig) -> Problem | None:
     """Evaluation needs rows too."""
     train = config.train
@@ -145,14 +157,12 @@ def check_schedule(config: RunConfig) -> Iterator[Problem]:
     needed = {
         "cosine_with_min_lr": ("min_lr", "min_lr_rate"),
         "cosine_warmup_with_min_lr": ("min_lr", "min_lr_rate"),
-        "warmup_stable_decay": ("num_decay_steps",),
     }.get(kind, ())
     if needed and not any(name in kwargs for name in needed):
-        example = {"min_lr": "{min_lr_rate: 0.1}", "num_decay_steps": "{num_decay_steps: 100}"}[needed[0]]
         yield Problem(
             key="lr_scheduler_kwargs",
             message=f"lr_scheduler_type {kind} needs {' or '.join(needed)}",
-            fix=f"lr_scheduler_kwargs: {example}",
+            fix="lr_scheduler_kwargs: {min_lr_rate: 0.1}",
         )
     if config.train.warmup_steps and config.train.max_steps > 0 and config.train.warmup_steps > config.train.max_steps:
         yield Problem(
@@ -162,24 +172,13 @@ def check_schedule(config: RunConfig) -> Iterator[Problem]:
         )
 
 
-def check_resume(config: RunConfig) -> Problem | None:
-    """Starting anew and going on exclude each other."""
-    if config.train.overwrite_output_dir and config.train.resume_from_checkpoint is True:
-        return Problem(
-            key="overwrite_output_dir",
-            message="cannot be combined with resume_from_checkpoint: true",
-            fix="remove one of the two",
-        )
-    return None
-
-
 def check_adapters(config: RunConfig) -> Problem | None:
     """Adapters belong to LoRA training."""
-    if config.command == "train" and config.train.finetuning_type == "full" and config.model.adapter_name_or_path:
+    if config.train.finetuning_type == "full" and config.model.adapter_name_or_path:
         return Problem(
             key="adapter_name_or_path",
             message="cannot be combined with finetuning_type full",
-            fix="export the adapter into the model first, then train the exported folder",
+            fix="finetuning_type: lora; to train all weights, export the adapter into the model first",
         )
     return None
 
@@ -230,6 +229,7 @@ def _install_command(module: str, package: str) -> str | None:
 CHECKS = (
     check_required,
     check_data_for_training,
+    check_data_to_look_at,
     check_data_for_evaluation,
     check_val_size,
     check_loss_mask,
@@ -238,7 +238,6 @@ CHECKS = (
     check_precision,
     check_steps,
     check_schedule,
-    check_resume,
     check_adapters,
     check_trackers,
     check_packages,

@@ -40,6 +40,10 @@ def _is(command: str) -> Callable[[RunConfig], bool]:
     return lambda config: config.command == command
 
 
+def _continues_adapter(config: RunConfig) -> bool:
+    return bool(config.model.adapter_name_or_path) and not getattr(config.adapter_options, "create_new_adapter", False)
+
+
 def _no_training(config: RunConfig) -> bool:
     return config.command == "train" and not config.train.do_train
 
@@ -47,6 +51,15 @@ def _no_training(config: RunConfig) -> bool:
 _TRAIN_KEYS = (
     *(key for key in TrainConfig.model_fields if key not in _SHARED_KEYS),
     *(key for key in DataConfig.model_fields if key not in _CHAT_KEYS),
+)
+_NEW_ADAPTER_KEYS = (
+    "lora_rank",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_target",
+    "additional_target",
+    "use_rslora",
+    "use_dora",
 )
 _STEP_KEYS = (
     "learning_rate",
@@ -75,6 +88,7 @@ _RULES: tuple[_Rule, ...] = (
     (lambda c: not c.data.eval_dataset, ("eval_on_each_dataset",), "eval_dataset is not set"),
     (lambda c: not (c.data.dataset or c.data.eval_dataset), ("max_samples",), "no data set is set"),
     (lambda c: not c.model.adapter_name_or_path, ("adapter_folder",), "adapter_name_or_path is not set"),
+    (_continues_adapter, _NEW_ADAPTER_KEYS, "the given adapter is continued as it was made (see create_new_adapter)"),
     (lambda c: c.model.disable_gradient_checkpointing is True, ("use_reentrant_gc",), "activations are kept"),
     (lambda c: not c.generation.do_sample, ("temperature", "top_p", "top_k"), "do_sample is off"),
     (lambda c: c.generation.num_beams == 1, ("length_penalty",), "num_beams is 1"),

@@ -17,7 +17,7 @@ class ModelConfig(Section):
     )
     adapter_name_or_path: tuple[str, ...] = option((), "Folders or hub ids of LoRA adapters to load.", group=_SOURCE)
     adapter_folder: str | None = option(None, "Subfolder that holds the adapter weights.", group=_SOURCE)
-    cache_dir: str | None = option(None, "Folder for downloaded models and data sets.", group=_SOURCE)
+    cache_dir: str | None = option(None, "Folder for downloaded and converted models.", group=_SOURCE)
     model_revision: str = option("main", "Branch, tag or commit of the model on the hub.", group=_SOURCE)
     hf_hub_token: str | None = option(
         None,
@@ -32,9 +32,6 @@ class ModelConfig(Section):
     )
     flash_attn: Literal["auto", "disabled", "sdpa", "fa2", "fa3"] = option(
         "auto", "Attention implementation; auto takes the fastest that is exact here.", group=_LOAD
-    )
-    split_special_tokens: bool = option(
-        False, "Read the text of special tokens inside rows as plain text, letter by letter.", group=_LOAD
     )
     disable_gradient_checkpointing: bool | None = option(
         None, "Keep all activations; null lets the memory plan decide.", group=_LOAD

@@ -34,7 +34,9 @@ class TrainConfig(Section):
         "lora", "What is trained: a file in model/adapters, or a dotted path.", group=_METHOD
     )
     do_train: bool = option(False, "Train.", group=_METHOD)
-    do_eval: bool = option(False, "Evaluate at the end.", group=_METHOD)
+    do_eval: bool = option(
+        False, "Evaluate without training; a run with evaluation data always ends with an evaluation.", group=_METHOD
+    )
     seed: int = option(42, "Seed of everything that is random.", group=_METHOD, ge=0, lt=2**32)
     data_seed: int | None = option(None, "Seed of the order of rows; null takes seed.", group=_METHOD, ge=0, lt=2**32)
     full_determinism: bool = option(False, "Use only deterministic kernels (slower).", group=_METHOD)
@@ -96,7 +98,7 @@ class TrainConfig(Section):
     report_to: tuple[str, ...] = option(
         (), "Trackers, for example tensorboard or wandb; none for no tracker.", group=_LOG
     )
-    run_name: str | None = option(None, "Name of the run in trackers.", group=_LOG)
+    run_name: str | None = option(None, "Name of the run in trackers and on the model card.", group=_LOG)
     plot_loss: bool = option(False, "Write training_loss.png.", group=_LOG)
     include_effective_tokens_per_second: bool = option(False, "Report tokens per second without padding.", group=_LOG)
     include_num_input_tokens_seen: bool | str = option(

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory.extras.errors import LlamaFactoryError
+from llamafactory.extras.files import fsync, sha256_of
 from llamafactory.extras.log import info
 
 EMBEDDED_NAME = "SmolLM2-135M-Instruct"
@@ -94,7 +95,7 @@ def find_packaged_model() -> PackagedModel | None:
         path = Path(str(distribution.locate_file(file)))
         if file.suffix == ".gguf" and path.is_file():
             recorded = file.hash.value if file.hash is not None and file.hash.mode == "sha256" else None
-            digest = _hex_of_record(recorded) if recorded else _sha256(path)
+            digest = _hex_of_record(recorded) if recorded else sha256_of(path)
             return PackagedModel(path=path, version=distribution.version, sha256=digest)
     return None
 
@@ -136,7 +137,7 @@ def is_complete(folder: Path) -> bool:
 def is_intact(folder: Path) -> bool:
     """Whether every file that the manifest lists has its size and its sha256. Reads all bytes."""
     return is_complete(folder) and all(
-        _sha256(folder / name) == entry["sha256"] for name, entry in _read_manifest(folder).items()
+        sha256_of(folder / name) == entry["sha256"] for name, entry in _read_manifest(folder).items()
     )
 
 
@@ -149,7 +150,7 @@ def _convert(packaged: PackagedModel, target: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
     if shutil.disk_usage(target.parent).free < _BYTES_NEEDED:
         raise OSError("not enough free disk space")
-    if _sha256(packaged.path) != packaged.sha256:
+    if sha256_of(packaged.path) != packaged.sha256:
         command = INSTALL_COMMAND.replace("install", "install --force-reinstall")
         raise LlamaFactoryError(f"{packaged.path} is damaged (its sha256 is not the recorded one). Repair: {command}")
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
@@ -161,7 +162,7 @@ def _convert(packaged: PackagedModel, target: Path) -> None:
         if target.exists():  # damaged, or it would have been used
             shutil.rmtree(target)
         staging.rename(target)
-        _sync(target.parent)
+        fsync(target.parent)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
@@ -172,15 +173,15 @@ def _seal(folder: Path, packaged: PackagedModel) -> None:
     files: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.iterdir()):
         path.chmod(0o644)
-        _sync(path)
-        files[path.name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+        fsync(path)
+        files[path.name] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
     source = {"package": PACKAGE, "version": packaged.version, "file": packaged.path.name, "sha256": packaged.sha256}
     content = {"license": "apache-2.0", "model": HUB_ID, "source": source, "files": files}
     manifest = folder / MANIFEST_NAME
     manifest.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    _sync(manifest)
+    fsync(manifest)
     folder.chmod(0o755)
-    _sync(folder)
+    fsync(folder)
 
 
 def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
@@ -205,22 +206,6 @@ def _only_one_process(target: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _sync(path: Path) -> None:
-    """Flush a file or a folder to the disk. Windows cannot flush a folder, and needs no such call."""
-    if sys.platform == "win32" and path.is_dir():
-        return
-    handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _hex_of_record(value: str) -> str:

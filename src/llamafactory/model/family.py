@@ -1,7 +1,7 @@
 """Facts about model types: data that replaces `if model_type ==` in the rest of the code.
 
 A model type that is not listed gets `UNPROVEN`: right-padded batches and the model's own forward, which is right for
-every causal model, only slower. An entry may be added once `tests/model/test_family.py` passes for it.
+every causal model, only slower. An entry may be added once `tests/model/test_attention.py` passes for it.
 """
 
 from __future__ import annotations

@@ -85,14 +85,18 @@ def load_model(cfg: ModelConfig, *, dtype: str, attention: str, device: str | No
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=cfg.trust_remote_code, **options)
     else:
         path = model_path(cfg)
-        model = _loading(cfg, lambda: AutoModelForCausalLM.from_pretrained(path, **_hub_options(cfg), **options))
+        model = _loading(
+            cfg,
+            lambda: AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, **_hub_options(cfg), **options),
+        )
     return cast("Any", model).to(device) if device else model
 
 
 def model_path(cfg: ModelConfig) -> str:
     """The folder or hub id to load from; the embedded default model is unpacked on first use."""
     name = cfg.model_name_or_path or ""
-    return resolve_model_path(name, offline=cfg.offline)
+    cache = Path(cfg.cache_dir) if cfg.cache_dir else None
+    return resolve_model_path(name, cache_dir=cache, offline=cfg.offline)
 
 
 def adapter_folders(cfg: ModelConfig) -> tuple[Path, ...]:
@@ -111,6 +115,11 @@ def adapter_folders(cfg: ModelConfig) -> tuple[Path, ...]:
             raise LlamaFactoryError(
                 f"adapter_name_or_path: {folder} holds no adapter_config.json. Give the output_dir of a LoRA run, or "
                 "one of its checkpoint-N folders."
+            )
+        if not (folder / "adapter_model.safetensors").is_file():
+            raise LlamaFactoryError(
+                f"adapter_name_or_path: {folder} holds no adapter_model.safetensors. Pickled weights (*.bin) are "
+                "never loaded; convert them with safetensors in a place where running their code does no harm."
             )
         folders.append(folder)
     return tuple(folders)

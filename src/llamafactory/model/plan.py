@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 DType: TypeAlias = Literal["float32", "bfloat16", "float16"]
 
 CPU_MICRO_BATCH_TOKENS = 1024
-"""Tokens that one forward pass takes on a CPU: larger ones fall out of the cache (docs/decisions/0004)."""
+"""Tokens of one forward pass on a CPU: larger ones fall out of the cache, smaller ones starve the matrix products."""
 LOSS_CHUNK_ROWS = 256
 """Supervised rows whose logits exist at once: below 128 the GEMM starves, above 512 memory grows for nothing."""
 MEMORY_SHARE = 0.6
@@ -81,6 +81,8 @@ def plan_training(cfg: RunConfig, model_config: PreTrainedConfig, hardware: Hard
     """
     family = family_of(model_config.model_type)
     reasons: dict[str, str] = {}
+    if cfg.train.fp16 and hardware.device == "cpu":
+        raise _refusal("fp16", "true", "float16 training needs a GPU, and this run is on a CPU", "fp16: false")
     weight_dtype, autocast, reasons["weight_dtype"] = _training_dtype(cfg)
     layout, attention, reasons["layout"] = _layout(cfg, model_config.model_type, family, hardware)
     tokens, reasons["micro_batch_tokens"] = _micro_batch(cfg, layout, hardware)

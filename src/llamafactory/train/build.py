@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from llamafactory.data.template_choice import build_template, find_record
+from llamafactory.data.template_choice import build_template, end_token
 from llamafactory.extras import log
 from llamafactory.extras.errors import ConfigError, Problem
 from llamafactory.extras.files import give_usual_modes
@@ -40,18 +40,16 @@ if TYPE_CHECKING:
     from llamafactory.hparams.model import ModelConfig
     from llamafactory.hparams.run_config import RunConfig
     from llamafactory.hparams.section import Section
+    from llamafactory.hparams.train import TrainConfig
     from llamafactory.model.plan import ModelPlan
     from llamafactory.train.output_dir import Claim
 
 
 def load_text(cfg: RunConfig) -> tuple[PreTrainedTokenizerFast, Template]:
     """Loads the tokenizer, with the end token that the template asks for, and the template."""
-    name = cfg.data.template
-    record = None if name in (None, "auto") else find_record(name)
-    end = record.stop_words[0] if record and record.replace_eos and record.stop_words else None
-    tokenizer = load_tokenizer(cfg.model, eos_token=end)
+    tokenizer = load_tokenizer(cfg.model, eos_token=end_token(cfg.data.template))
     template = build_template(
-        name, tokenizer, default_system=cfg.data.default_system, enable_thinking=cfg.data.enable_thinking
+        cfg.data.template, tokenizer, default_system=cfg.data.default_system, enable_thinking=cfg.data.enable_thinking
     )
     return tokenizer, template
 
@@ -72,12 +70,20 @@ def start_accelerator(cfg: RunConfig, plan: ModelPlan) -> Accelerator:
         shown = {
             key: value for key, value in cfg.flat(mask_secrets=True).items() if isinstance(value, int | float | str)
         }
-        accelerator.init_trackers("llamafactory", config=shown)
+        accelerator.init_trackers("llamafactory", config=shown, init_kwargs=_tracker_names(cfg.train))
     if cfg.train.full_determinism:
         enable_full_determinism(cfg.train.seed)
     else:
         set_seed(cfg.train.seed)
     return accelerator
+
+
+def _tracker_names(train: TrainConfig) -> dict[str, dict[str, str]]:
+    """Where each tracker takes the name of a run."""
+    if train.run_name is None:
+        return {}
+    keys = {"wandb": "name", "trackio": "name", "swanlab": "experiment_name", "mlflow": "run_name"}
+    return {tracker: {key: train.run_name} for tracker, key in keys.items() if tracker in train.report_to}
 
 
 def load_policy(cfg: RunConfig, plan: ModelPlan, *, resume_from: Path | None) -> nn.Module:
@@ -94,6 +100,10 @@ def load_policy(cfg: RunConfig, plan: ModelPlan, *, resume_from: Path | None) ->
         source, options, folders = _resumed(cfg, resume_from, folders)
     model = load_model(source, dtype=plan.weight_dtype, attention=plan.attention)
     policy = apply_method(model, cfg.train.finetuning_type, options, adapters=folders, trainable=cfg.train.do_train)
+    dtype = torch.bfloat16 if cfg.train.pure_bf16 else torch.float32
+    for parameter in policy.parameters():
+        if parameter.requires_grad:  # master precision of everything trained, modules_to_save among it
+            parameter.data = parameter.data.to(dtype)
     if plan.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": cfg.model.use_reentrant_gc})
         if cfg.model.use_reentrant_gc:
@@ -157,6 +167,8 @@ def assemble_job(
         if claim.resume_from is not None:
             start = load_state(claim.resume_from)
             restore_training(claim.resume_from, optimizer)
+            if accelerator.scaler is not None and start.scaler:
+                accelerator.scaler.load_state_dict(dict(start.scaler))
             scheduler.load_state_dict({**scheduler.state_dict(), **start.scheduler})
         module, optimizer = accelerator.prepare(module, optimizer)
         updates = Updates(optimizer=optimizer, scheduler=scheduler)
@@ -168,7 +180,7 @@ def assemble_job(
         updates=updates, feed=training,
         evaluation={_prefix(name): feed(examples, training=False) for name, examples in data.evaluation.items()},
         total_steps=total_steps, start=start, write_model=writer, step_flops=flops,
-        peak_flops=_peak_flops(plan) * accelerator.num_processes,
+        measure_peak=lambda: _peak_flops(plan) * accelerator.num_processes,
     )  # fmt: skip
 
 
@@ -207,7 +219,7 @@ def build_feed(
     Packed bins hold at most `cutoff_len` tokens and count as one item of `per_device_train_batch_size`.
     """
     train = cfg.train
-    packs = training and bool(cfg.data.packing or cfg.data.neat_packing)
+    packs = training and bool(examples) and bool(cfg.data.packing or cfg.data.neat_packing)
     sizes = [len(example) for example in examples]
     items = packed_items(sizes, cfg.data.cutoff_len) if packs else single_items(len(sizes))
     if packs:

@@ -13,7 +13,7 @@ import random
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,10 @@ class RunState:
         epoch: passes over the data done, as a float.
         scheduler: state of the learning-rate schedule, JSON-able.
         log_history: rows of the log so far.
-        num_supervised_tokens: trained on so far, over all ranks.
+        num_tokens: input tokens seen so far, over all ranks, padding left out.
+        num_supervised_tokens: those of them that were trained on.
         seconds: of training so far.
+        scaler: state of fp16 loss scaling, or empty.
     """
 
     run_id: str
@@ -52,14 +54,23 @@ class RunState:
     epoch: float
     scheduler: Mapping[str, Any]
     log_history: list[dict[str, Any]]
+    num_tokens: int
     num_supervised_tokens: int
     seconds: float
+    scaler: Mapping[str, Any] = field(default_factory=dict)
 
 
 def fresh_state(run_id: str) -> RunState:
     """The state before the first step."""
     return RunState(
-        run_id=run_id, step=0, epoch=0.0, scheduler={}, log_history=[], num_supervised_tokens=0, seconds=0.0
+        run_id=run_id,
+        step=0,
+        epoch=0.0,
+        scheduler={},
+        log_history=[],
+        num_tokens=0,
+        num_supervised_tokens=0,
+        seconds=0.0,
     )
 
 
@@ -111,7 +122,9 @@ def _write_state(folder: Path, state: RunState, optimizer: Optimizer | None) -> 
         "global_step": state.step,
         "epoch": state.epoch,
         "scheduler": dict(state.scheduler),
+        "num_tokens": state.num_tokens,
         "num_supervised_tokens": state.num_supervised_tokens,
+        "scaler": dict(state.scaler),
         "seconds": state.seconds,
         "param_groups": [] if optimizer is None else _group_options(optimizer),
         "log_history": state.log_history,
@@ -179,7 +192,9 @@ def load_state(folder: Path) -> RunState:
         epoch=document["epoch"],
         scheduler=document["scheduler"],
         log_history=document["log_history"],
+        num_tokens=document["num_tokens"],
         num_supervised_tokens=document["num_supervised_tokens"],
+        scaler=document["scaler"],
         seconds=document["seconds"],
     )
 

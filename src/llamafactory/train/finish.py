@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -10,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accelerate.state import AcceleratorState
+
 from llamafactory.extras import log
-from llamafactory.extras.files import write_json
+from llamafactory.extras.files import fsync, write_json
 from llamafactory.train import step as steps
 from llamafactory.train.build import require_trainable, trainable_report
 from llamafactory.train.output_dir import RUN_FILE, Claim, clear_replaced_run
@@ -34,10 +37,18 @@ class RunRecord:
 
     path: Path
     document: dict[str, Any]
+    is_training: bool
 
     @classmethod
     def start(
-        cls, cfg: RunConfig, claim: Claim, *, plan: ModelPlan, data: PreparedData, policy: nn.Module
+        cls,
+        cfg: RunConfig,
+        claim: Claim,
+        *,
+        plan: ModelPlan,
+        data: PreparedData,
+        policy: nn.Module,
+        num_processes: int,
     ) -> RunRecord:
         """Says what is trained, removes the run that is replaced, and writes the first record."""
         trained, total, kinds = trainable_report(policy)
@@ -53,10 +64,11 @@ class RunRecord:
             state="running",
             plan=plan.to_dict(),
             data=data.report.to_dict(),
+            num_processes=num_processes,
             trainable_parameters=trained,
             total_parameters=total,
         )
-        record = cls(path=claim.output_dir / RUN_FILE, document=document)
+        record = cls(path=claim.output_dir / RUN_FILE, document=document, is_training=cfg.train.do_train)
         if log.is_main_process() and cfg.train.do_train:
             clear_replaced_run(claim)
             record.write("running")
@@ -72,11 +84,17 @@ class RunRecord:
         try:
             yield
         except BaseException as error:
-            if accelerator.is_main_process and self.path.exists():
+            if accelerator.is_main_process and self.is_training:
                 self.write("failed", error=f"{type(error).__name__}: {str(error)[:500]}")
             raise
         finally:
             accelerator.end_training()
+            _forget_accelerator()
+
+
+def _forget_accelerator() -> None:
+    """Lets a second run in this process choose its own precision and device; accelerate keeps them for good."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # pyright: ignore[reportPrivateUsage]
 
 
 def write_outcome(cfg: RunConfig, job: Job, record: RunRecord, result: FitResult | None) -> RunResult:
@@ -92,7 +110,7 @@ def write_outcome(cfg: RunConfig, job: Job, record: RunRecord, result: FitResult
         return _interrupted(job, record, result)
     metrics: dict[str, float] = dict(result.metrics) if result else {}
     if result is not None and job.accelerator.is_main_process:
-        job.write_model(job.output_dir)
+        _write_final_weights(job)
         write_results(job.output_dir, "train", metrics)
     evaluation = final_evaluation(job)
     metrics |= evaluation
@@ -104,6 +122,17 @@ def write_outcome(cfg: RunConfig, job: Job, record: RunRecord, result: FitResult
     summary = f"{done}, {figures}; in {job.output_dir}"
     log.info(summary)
     return RunResult(output_dir=job.output_dir, metrics=metrics, exit_code=0, summary=summary)
+
+
+def _write_final_weights(job: Job) -> None:
+    """Writes beside, then moves file by file, so that no file in the folder is ever half."""
+    staging = job.output_dir / f".staging-final-{os.getpid()}"
+    staging.mkdir()
+    job.write_model(staging)
+    for path in sorted(staging.iterdir()):
+        fsync(path)
+        path.replace(job.output_dir / path.name)
+    staging.rmdir()
 
 
 def final_evaluation(job: Job) -> dict[str, float]:
@@ -156,11 +185,12 @@ def _write_reports(
 def _interrupted(job: Job, record: RunRecord, result: FitResult) -> RunResult:
     name = signal.Signals(result.stop_signal).name
     how = "the same command" + (" with resume_from_checkpoint=true" if job.cfg.overwrite_output_dir else "")
+    then = "weights only, so it cannot be continued" if job.cfg.save_only_model else f"{how} continues"
     saved = result.last_checkpoint
-    where = f"saved in {saved}; {how} continues" if saved else "nothing new to save"
+    where = f"saved in {saved}; {then}" if saved else "nothing new to save"
     summary = f"stopped by {name} after step {result.state.step} of {job.total_steps}, {where}"
     if job.accelerator.is_main_process:
-        record.write("interrupted", steps=result.state.step)
+        record.write("interrupted", steps=result.state.step, summary=summary)
     log.info(summary)
     return RunResult(
         output_dir=job.output_dir, metrics=result.metrics, exit_code=128 + result.stop_signal, summary=summary

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,7 +53,7 @@ class Job:
         start: where to begin; its step is 0 for a new run.
         write_model: writes the model and tokenizer files into a folder.
         step_flops: FLOPs of a window, `(lengths, num_targets) -> FLOPs`, or None where the model's are not known.
-        peak_flops: FLOP/s that the device reaches in a matrix product, over all ranks.
+        measure_peak: measures the FLOP/s that all ranks' devices reach in a plain matrix product.
     """
 
     cfg: TrainConfig
@@ -67,7 +68,7 @@ class Job:
     start: RunState
     write_model: Callable[[Path], None]
     step_flops: Callable[[list[int], int], int | None]
-    peak_flops: float
+    measure_peak: Callable[[], float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +99,7 @@ def fit(job: Job) -> FitResult:
         if job.cfg.eval_on_start and run.step == 0:
             run.evaluate()
         while run.step < job.total_steps:
-            if run.should_stop(stop):
+            if run.agree_to_stop(stop):
                 break
             run.train_step()
             if run.is_due(job.cfg.logging_steps) or (run.step == 1 and job.cfg.logging_first_step):
@@ -108,9 +109,9 @@ def fit(job: Job) -> FitResult:
             if job.cfg.save_strategy != "no" and run.is_moment(job.cfg.save_strategy, job.cfg.save_steps):
                 run.save()
         run.log_training()
-        if stop.signal or job.cfg.save_strategy != "no":
+        if run.stop_signal or job.cfg.save_strategy != "no":
             run.save()
-        return run.result(stop.signal)
+        return run.result()
 
 
 class _Run:
@@ -131,7 +132,11 @@ class _Run:
             bar=None if job.cfg.disable_tqdm is None else not job.cfg.disable_tqdm,
             tracker=(lambda row, at: job.accelerator.log(row, step=at)) if job.cfg.report_to else None,
         )
-        self._whole, self._since_log = _Window(), _Window()
+        self.num_tokens = job.start.num_tokens
+        self.stop_signal = 0
+        self._peak = job.measure_peak()
+        self._peaks_left = 3
+        self._whole, self._since_log = _Span(), _Span()
         self._logged_at = self._saved_at = job.start.step
         job.module.train()
 
@@ -141,7 +146,6 @@ class _Run:
 
     def train_step(self) -> None:
         job = self.job
-        started = time.monotonic()
         window = job.feed.window(self.step, job.accelerator.process_index)
         loss = steps.accumulate(job.accelerator, job.module, window)
         norm = steps.apply_gradient(job.accelerator, job.module, self.updates.optimizer, job.cfg.max_grad_norm)
@@ -149,10 +153,10 @@ class _Run:
         self.updates.scheduler.step()
         self.step += 1
         self.supervised += window.num_units
+        self.num_tokens += sum(window.lengths)
         flops = job.step_flops(list(window.lengths), window.num_units)
-        seconds = time.monotonic() - started
         for span in (self._whole, self._since_log):
-            span.add(loss, window.num_units, sum(window.lengths), len(window.lengths), flops, seconds)
+            span.add(loss, window.num_units, sum(window.lengths), len(window.lengths), flops)
             span.grad_norm, span.learning_rate = norm, rate
         self.log.advance(self.step)
 
@@ -160,16 +164,21 @@ class _Run:
         """Writes a row of the steps since the last one; this is where the device is waited for."""
         if self.step == self._logged_at:
             return
-        span, self._since_log = self._since_log, _Window()
+        span = self._since_log
         loss = span.mean_loss(self.job.accelerator)
+        seconds = span.seconds
+        with self._pause():
+            self._measure_peak_again()
         row = {
             "loss": loss,
             "lr": span.learning_rate,
             "grad_norm": None if span.grad_norm is None else float(span.grad_norm),
-            "throughput": round(span.units / span.seconds, 2),
-            "total_tokens": self.supervised,
-            "mfu": self._mfu(span),
+            "throughput": round(span.units / seconds, 2),
+            "total_tokens": self.num_tokens,
+            "supervised_tokens": self.supervised,
+            "mfu": self._mfu(span, seconds),
         }
+        self._since_log = _Span()
         self._logged_at = self.step
         self.log.write(self.step, self.epoch, row)
         if loss != loss or loss in (float("inf"), float("-inf")):
@@ -180,13 +189,12 @@ class _Run:
 
     def evaluate(self) -> dict[str, float]:
         job = self.job
-        self.log.stage("evaluating")
         values: dict[str, float] = {}
-        for prefix, feed in job.evaluation.items():
-            batches = feed.one_pass(job.accelerator.process_index)
-            values[f"{prefix}_loss"], _ = steps.evaluation_loss(job.accelerator, job.module, batches)
-        self.log.write(self.step, self.epoch, values)
-        self.log.stage("training")
+        with self._pause("evaluating"):
+            for prefix, feed in job.evaluation.items():
+                batches = feed.one_pass(job.accelerator.process_index)
+                values[f"{prefix}_loss"], _ = steps.evaluation_loss(job.accelerator, job.module, batches)
+            self.log.write(self.step, self.epoch, values)
         return values
 
     def save(self) -> None:
@@ -195,56 +203,72 @@ class _Run:
         if self.step in (self._saved_at, 0):
             return
         self.log_training()
-        self.log.stage("saving")
-        if job.accelerator.is_main_process:
-            self.last_checkpoint = save_checkpoint(
-                job.output_dir,
-                self.state(),
-                write_model=job.write_model,
-                optimizer=None if job.cfg.save_only_model else self.updates.optimizer,
-                limit=job.cfg.save_total_limit,
-            )
-        self._saved_at = self.step
-        job.accelerator.wait_for_everyone()
-        self.log.stage("training")
+        with self._pause("saving"):
+            if job.accelerator.is_main_process:
+                self.last_checkpoint = save_checkpoint(
+                    job.output_dir,
+                    self.state(),
+                    write_model=job.write_model,
+                    optimizer=None if job.cfg.save_only_model else self.updates.optimizer,
+                    limit=job.cfg.save_total_limit,
+                )
+            self._saved_at = self.step
+            job.accelerator.wait_for_everyone()
 
     def state(self) -> RunState:
+        scaler = self.job.accelerator.scaler
         return RunState(
             run_id=self.job.run_id,
             step=self.step,
             epoch=self.epoch,
             scheduler=_plain(self.updates.scheduler.state_dict()),
             log_history=self.log.history,
+            num_tokens=self.num_tokens,
             num_supervised_tokens=self.supervised,
             seconds=self.job.start.seconds + self.log.seconds,
+            scaler={} if scaler is None else scaler.state_dict(),
         )
 
-    def result(self, stop_signal: int) -> FitResult:
+    def result(self) -> FitResult:
         span = self._whole
         metrics: dict[str, float] = {"epoch": round(self.epoch, 4)}
         if span.units:
             metrics["train_loss"] = span.mean_loss(self.job.accelerator)
-            metrics["train_runtime"] = round(span.seconds, 4)
-            metrics["train_samples_per_second"] = round(span.examples / span.seconds, 3)
-            metrics["train_steps_per_second"] = round((self.step - self.job.start.step) / span.seconds, 3)
-            metrics["train_supervised_tokens_per_second"] = round(span.units / span.seconds, 2)
+            seconds = span.seconds
+            metrics["train_runtime"] = round(seconds, 4)
+            metrics["train_samples_per_second"] = round(span.examples / seconds, 3)
+            metrics["train_steps_per_second"] = round((self.step - self.job.start.step) / seconds, 3)
+            metrics["train_supervised_tokens_per_second"] = round(span.units / seconds, 2)
             metrics["total_flos"] = float(span.flops or 0)
             if self.job.cfg.include_effective_tokens_per_second:
-                metrics["effective_tokens_per_sec"] = round(span.tokens / span.seconds, 2)
-            if (mfu := self._mfu(span)) is not None:
+                metrics["effective_tokens_per_sec"] = round(span.tokens / seconds, 2)
+            if (mfu := self._mfu(span, seconds)) is not None:
                 metrics["train_mfu"] = mfu
         return FitResult(
-            state=self.state(), stop_signal=stop_signal, metrics=metrics, last_checkpoint=self.last_checkpoint
+            state=self.state(), stop_signal=self.stop_signal, metrics=metrics, last_checkpoint=self.last_checkpoint
         )
 
-    def should_stop(self, stop: StopRequest) -> bool:
-        """Whether any rank was asked to stop; all ranks answer alike."""
+    def agree_to_stop(self, stop: StopRequest) -> bool:
+        """Whether any rank was asked to stop. All ranks get the same `stop_signal`, and read only that afterwards."""
         accelerator = self.job.accelerator
-        if accelerator.num_processes == 1:
-            return bool(stop.signal)
-        flag = torch.tensor([stop.signal], device=accelerator.device)
-        stop.signal = int(summed(accelerator, flag)) and (stop.signal or 15)
-        return bool(stop.signal)
+        self.stop_signal = stop.signal
+        if accelerator.num_processes > 1:
+            flags = torch.zeros(accelerator.num_processes, dtype=torch.int64, device=accelerator.device)
+            flags[accelerator.process_index] = stop.signal
+            self.stop_signal = int(summed(accelerator, flags).max())
+        return bool(self.stop_signal)
+
+    @contextmanager
+    def _pause(self, stage: str | None = None) -> Iterator[None]:
+        """Leaves what happens inside out of the training time, and names it on the progress bar."""
+        if stage:
+            self.log.stage(stage)
+        started = time.monotonic()
+        yield
+        for span in (self._whole, self._since_log):
+            span.paused += time.monotonic() - started
+        if stage:
+            self.log.stage("training")
 
     def is_due(self, every: float) -> bool:
         """Whether the current step is a multiple of `every` steps; below 1 it is a share of the run."""
@@ -257,32 +281,39 @@ class _Run:
             return self.step % self.job.feed.schedule.windows_per_epoch == 0
         return self.is_due(every or self.job.cfg.logging_steps)
 
-    def _mfu(self, span: _Window) -> float | None:
-        if span.flops is None or not self.job.peak_flops or not span.seconds:
-            return None
-        return round(span.flops / span.seconds / self.job.peak_flops, 4)
+    def _mfu(self, span: _Span, seconds: float) -> float | None:
+        return None if span.flops is None else round(span.flops / seconds / self._peak, 4)
+
+    def _measure_peak_again(self) -> None:
+        """A busy moment understates the peak, and so flatters the run: the best of several moments counts."""
+        if self._peaks_left > 0:
+            self._peaks_left -= 1
+            self._peak = max(self._peak, self.job.measure_peak())
 
 
-class _Window:
-    """Sums over a span of steps. The loss stays on the device."""
+class _Span:
+    """Sums over the steps since it was made. The loss stays on the device until `mean_loss` waits for it."""
 
     def __init__(self) -> None:
+        self._started = time.monotonic()
+        self.paused = 0.0
         self.loss: torch.Tensor | None = None
         self.units = self.tokens = self.examples = 0
         self.flops: int | None = 0
-        self.seconds = 0.0
         self.grad_norm: torch.Tensor | None = None
         self.learning_rate: float = 0.0
 
-    def add(
-        self, loss: torch.Tensor, units: int, tokens: int, examples: int, flops: int | None, seconds: float
-    ) -> None:
+    def add(self, loss: torch.Tensor, units: int, tokens: int, examples: int, flops: int | None) -> None:
         self.loss = loss if self.loss is None else self.loss + loss
         self.units += units
         self.tokens += tokens
         self.examples += examples
         self.flops = None if flops is None or self.flops is None else self.flops + flops
-        self.seconds += seconds
+
+    @property
+    def seconds(self) -> float:
+        """Training time so far; true on an asynchronous device right after `mean_loss`."""
+        return max(1e-9, time.monotonic() - self._started - self.paused)
 
     def mean_loss(self, accelerator: Accelerator) -> float:
         """Nats per supervised token over all ranks; waits for the device."""

@@ -11,17 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llamafactory.extras.errors import ConfigError, Problem
+from llamafactory.extras.errors import ConfigError, LlamaFactoryError, Problem
 
 if TYPE_CHECKING:
     from llamafactory.hparams.run_config import RunConfig
 
 RUN_FILE = "run.json"
 OWN_FILES = (
-    RUN_FILE, "README.md", "trainer_log.jsonl", "trainer_state.json", "all_results.json", "train_results.json",
-    "eval_results.json", "training_loss.png", "training_eval_loss.png", "bad_rows.jsonl",
-    "adapter_model.safetensors", "adapter_config.json",
+    "README.md", "trainer_log.jsonl", "trainer_state.json", "*_results.json", "training_*.png",
+    "adapter_*.safetensors", "adapter_config.json", "model*.safetensors", "model.safetensors.index.json",
+    "config.json", "generation_config.json", "tokenizer*.json", "special_tokens_map.json", "chat_template.jinja",
+    ".staging-*", RUN_FILE,
 )  # fmt: skip
+"""What a run writes into its folder, as patterns; `run.json` goes last."""
 _MODEL_MARKS = ("adapter_config.json", "config.json", "adapter_model.safetensors", "model.safetensors")
 _HARMLESS = frozenset(
     {"resume_from_checkpoint", "overwrite_output_dir", "logging_steps", "logging_first_step", "save_steps",
@@ -40,42 +42,99 @@ class Claim:
         output_dir: the folder; it exists and is writable.
         run_id: new, or that of the run that is continued.
         resume_from: checkpoint folder to continue, or None to start at step 0.
-        replaces: whether another run's files are removed before the first file is written.
+        replaces: whether an earlier run's files are removed before the first file is written.
+        record: `run.json` of the run that is continued, or None.
     """
 
     output_dir: Path
     run_id: str
-    resume_from: Path | None
-    replaces: bool
+    resume_from: Path | None = None
+    replaces: bool = False
+    record: Mapping[str, Any] | None = None
 
 
 def claim_output_dir(cfg: RunConfig) -> Claim:
     """Looks at `output_dir` and decides.
 
-    An unfinished run of the same configuration is continued at its newest intact checkpoint. Other model files in the
-    folder are an error unless `overwrite_output_dir` is set; then they go only once this run has something to write.
+    An unfinished run of the same configuration is continued at its newest intact checkpoint, or at the one that
+    `resume_from_checkpoint` names. Other model files in the folder are an error unless `overwrite_output_dir` is set;
+    then they go only once this run has something to write.
 
     Raises:
-        ConfigError: not writable, or it holds another, or a finished, run.
-        LlamaFactoryError: it has checkpoints and none is intact.
+        ConfigError: not writable, it holds another or a finished run, or there is no checkpoint to resume.
+        LlamaFactoryError: it has checkpoints and none is intact, or the named one is not.
     """
-    from llamafactory.train.checkpoint import newest_checkpoint
+    from llamafactory.train.checkpoint import newest_checkpoint, verify_checkpoint
 
     folder = Path(cfg.train.output_dir or "")
     _make_writable(folder)
-    new = Claim(output_dir=folder, run_id=uuid.uuid4().hex, resume_from=None, replaces=False)
-    explicit = cfg.train.resume_from_checkpoint
-    if isinstance(explicit, str):
-        return Claim(
-            output_dir=folder, run_id=_run_id(folder) or new.run_id, resume_from=Path(explicit), replaces=False
-        )
-    wants_resume = explicit is True
-    if cfg.train.overwrite_output_dir and not wants_resume:
-        return Claim(output_dir=folder, run_id=new.run_id, resume_from=None, replaces=True)
-    record = _read_record(folder)
+    asked = cfg.train.resume_from_checkpoint
+    named = Path(asked) if isinstance(asked, str) else None
+    if cfg.train.overwrite_output_dir and not asked:
+        return Claim(output_dir=folder, run_id=uuid.uuid4().hex, replaces=_read_record(folder) is not None)
+    if named is not None and (fault := verify_checkpoint(named)):
+        raise LlamaFactoryError(f"resume_from_checkpoint: {named} is not used: {fault}")
+    record = _read_record(folder if named is None else named.parent)
     if record is None:
+        if asked:
+            raise _problem(folder, "has no run.json, so there is no run to resume", "remove resume_from_checkpoint")
         _refuse_foreign_model(folder)
-        return new
+        return Claim(output_dir=folder, run_id=uuid.uuid4().hex)
+    _require_same_configuration(folder, record, cfg)
+    if record.get("state") == "finished" and named is None:
+        raise _problem(
+            folder,
+            "holds this run already, finished",
+            "choose another output_dir, or set overwrite_output_dir: true to train again",
+        )
+    checkpoint = named or newest_checkpoint(folder)
+    if asked and checkpoint is None:
+        raise _problem(folder, "has no checkpoint to resume", "remove resume_from_checkpoint")
+    return Claim(
+        output_dir=folder,
+        run_id=record["run_id"],
+        resume_from=checkpoint,
+        replaces=checkpoint is None,
+        record=record if checkpoint else None,
+    )
+
+
+def require_same_data(claim: Claim, data: Mapping[str, Any], num_processes: int) -> None:
+    """Refuses to continue a run with other rows or another number of processes: the order would silently differ.
+
+    Raises:
+        ConfigError: what differs.
+    """
+    if claim.record is None:
+        return
+    if _fingerprints(claim.record.get("data", {})) != _fingerprints(data):
+        raise _problem(
+            claim.output_dir,
+            "holds a run that was started with other rows: the data sets have changed since",
+            "put the old rows back, or set overwrite_output_dir: true to start anew",
+        )
+    before = claim.record.get("num_processes", num_processes)
+    if before != num_processes:
+        raise _problem(
+            claim.output_dir,
+            f"holds a run of {before} processes, and this one has {num_processes}: its steps would hold other rows",
+            f"resume with NPROC_PER_NODE={before}, or set overwrite_output_dir: true to start anew",
+        )
+
+
+def clear_replaced_run(claim: Claim) -> None:
+    """Removes the files of the run that is replaced; files that no run of ours writes stay."""
+    if not claim.replaces:
+        return
+    for pattern in (*OWN_FILES[:-1], "checkpoint-*", RUN_FILE):
+        for path in sorted(claim.output_dir.glob(pattern)):
+            if not path.is_dir():
+                path.unlink()
+            elif path.name.startswith(".staging-") or (path / "trainer_state.json").is_file():
+                shutil.rmtree(path)
+
+
+def _require_same_configuration(folder: Path, record: Mapping[str, Any], cfg: RunConfig) -> None:
     ignored = _HARMLESS | set(type(cfg.generation).model_fields) | set(type(cfg.export).model_fields)
     differences = _differences(record.get("config", {}), cfg.flat(mask_secrets=True), ignored)
     if differences:
@@ -84,27 +143,10 @@ def claim_output_dir(cfg: RunConfig) -> Claim:
             "holds a run with another configuration: " + "; ".join(differences),
             "choose another output_dir, set overwrite_output_dir: true to replace it, or undo the changes to resume",
         )
-    if record.get("state") == "finished":
-        raise _problem(
-            folder,
-            "holds this run already, finished",
-            "choose another output_dir, or set overwrite_output_dir: true to train again",
-        )
-    checkpoint = newest_checkpoint(folder)
-    return Claim(output_dir=folder, run_id=record["run_id"], resume_from=checkpoint, replaces=checkpoint is None)
 
 
-def clear_replaced_run(claim: Claim) -> None:
-    """Removes the files of the run that is replaced; files that no run of ours writes stay."""
-    if not claim.replaces:
-        return
-    for name in OWN_FILES:
-        (claim.output_dir / name).unlink(missing_ok=True)
-    for folder in claim.output_dir.glob("checkpoint-*"):
-        if (folder / "trainer_state.json").is_file():
-            shutil.rmtree(folder)
-    for folder in claim.output_dir.glob(".staging-*"):
-        shutil.rmtree(folder)
+def _fingerprints(data: Mapping[str, Any]) -> list[Any]:
+    return [(one.get("name"), one.get("fingerprint")) for one in data.get("datasets", [])]
 
 
 def _make_writable(folder: Path) -> None:
@@ -128,11 +170,6 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
         raise _problem(
             folder, f"its {RUN_FILE} is damaged ({error})", "remove that file, or set overwrite_output_dir: true"
         ) from error
-
-
-def _run_id(folder: Path) -> str | None:
-    record = _read_record(folder)
-    return record.get("run_id") if record else None
 
 
 def _refuse_foreign_model(folder: Path) -> None:

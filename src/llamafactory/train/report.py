@@ -6,11 +6,12 @@ import json
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llamafactory.extras.checkout import git_commit
 from llamafactory.extras.files import write_json
+from llamafactory.extras.packages import version
 from llamafactory.model.method import load_method
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def run_record(
         "plan": dict(plan),
         "data": dict(data),
         "packages": package_versions(),
-        "git_commit": git_commit(Path(__file__).parent),
+        "git_commit": git_commit(),
         **more,
     }
 
@@ -85,26 +86,8 @@ def package_versions() -> dict[str, str]:
     from llamafactory import __version__
 
     versions = {"llamafactory": __version__, "python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
+    versions |= {name: found for name in _PACKAGES if (found := version(name))}
     return versions
-
-
-def git_commit(start: Path) -> str | None:
-    """Commit of the checkout that `start` lies in, read from `.git` without running git; None outside of one."""
-    for folder in (start, *start.parents):
-        head = folder / ".git" / "HEAD"
-        if not head.is_file():
-            continue
-        text = head.read_text(encoding="utf-8").strip()
-        if not text.startswith("ref: "):
-            return text
-        reference = folder / ".git" / text.removeprefix("ref: ")
-        return reference.read_text(encoding="utf-8").strip() if reference.is_file() else None
-    return None
 
 
 def write_model_card(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -34,12 +34,10 @@ class LossOutput:
     Attributes:
         loss_sum: scalar, summed over the batch's supervised units.
         num_units: the units on this device (supervised tokens in SFT); the loop divides by their global number.
-        metrics: name -> scalar sum on the device; the loop divides them by the same number.
     """
 
     loss_sum: Tensor
     num_units: int
-    metrics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,7 +1,7 @@
 """One optimizer step and one evaluation: the arithmetic of the loop, without its bookkeeping.
 
 The gradient of a step is that of the sum of its losses divided by its global number of supervised tokens, however the
-step is split into micro-batches and ranks. Nothing here waits for the device.
+step is split into micro-batches and ranks. No value is read back from the device.
 """
 
 from __future__ import annotations

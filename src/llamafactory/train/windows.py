@@ -10,8 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llamafactory.data.order import epoch_order
 from llamafactory.data.pack import pack_best_fit
@@ -67,7 +69,7 @@ class Schedule:
         """
         epoch, place = divmod(step, self.windows_per_epoch)
         count = len(self.items)
-        order = epoch_order(count, self.seed, epoch) if self.shuffle else np.arange(count)
+        order = _shuffled(count, self.seed, epoch) if self.shuffle else np.arange(count)
         chosen = order[place * self.items_per_window : (place + 1) * self.items_per_window]
         ranks = [self._micro_batches(share.tolist()) for share in np.array_split(chosen, self.num_ranks)]
         most = max(len(micro_batches) for micro_batches in ranks)
@@ -81,6 +83,14 @@ class Schedule:
             bins = pack_best_fit([self.lengths[index] for index in share], self.micro_batch_tokens)
             groups = [[share[place] for place in places] for places in bins]
         return [[self.items[index] for index in group] for group in groups]
+
+
+@lru_cache(maxsize=2)
+def _shuffled(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """`epoch_order`, kept for the next step of the epoch."""
+    order = epoch_order(count, seed, epoch)
+    order.setflags(write=False)
+    return order
 
 
 def single_items(num_examples: int) -> list[Item]:

@@ -42,6 +42,12 @@ class Engine:
         self._uses_cache = cfg.model.use_kv_cache
         self._lock = threading.Lock()
 
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """See `Engine.end_ids` in `chat.engine`."""
+        ends = self.model.generation_config.eos_token_id
+        return frozenset(() if ends is None else (ends,) if isinstance(ends, int) else ends)
+
     def stream(
         self, prompt_ids: Sequence[int], generation: GenerationConfig, *, stop_ids: frozenset[int], seed: int | None
     ) -> Iterator[Piece]:

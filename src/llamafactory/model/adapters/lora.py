@@ -92,6 +92,11 @@ def _check_targets(model: PreTrainedModel, options: Options) -> None:
 
     from llamafactory.extras.errors import LlamaFactoryError
 
+    if "all" in options.lora_target and len(options.lora_target) > 1:
+        raise LlamaFactoryError(
+            f"lora_target: {','.join(options.lora_target)} mixes all with names. Give all alone (every linear layer "
+            "but the head), or the whole list of names."
+        )
     names = [name for name, _ in model.named_modules()]
     linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     targets = [name for name in (*options.lora_target, *options.additional_target) if name != "all"]

@@ -1,0 +1,144 @@
+"""Who may use a folder, and what a resume must match."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llamafactory.extras.errors import ConfigError, LlamaFactoryError
+from llamafactory.train import loop
+from llamafactory.train.tuner import run_exp
+
+
+@pytest.fixture
+def stopped(train_config, monkeypatch):
+    """Makes an unfinished run with checkpoints after steps 1 and 2; returns its config."""
+
+    def make(**changes):
+        cfg = train_config(save_steps=1, max_steps=4, **changes)
+        original = loop._Run.train_step
+
+        def failing(run):
+            if run.step == 2:
+                raise RuntimeError("power cut")
+            original(run)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loop._Run, "train_step", failing)
+            with pytest.raises(RuntimeError, match="power cut"):
+                run_exp(cfg)
+        return cfg
+
+    return make
+
+
+def test_a_named_checkpoint_is_verified(stopped, train_config, tmp_path):
+    stopped()
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    target = checkpoint / "optimizer.safetensors"
+    target.write_bytes(target.read_bytes()[:-40] + bytes(40))
+    with pytest.raises(LlamaFactoryError, match=r"checkpoint-2 is not used: optimizer.safetensors is damaged"):
+        run_exp(train_config(save_steps=1, max_steps=4, resume_from_checkpoint=str(checkpoint)))
+
+
+def test_a_named_checkpoint_of_another_configuration_is_refused(stopped, train_config, tmp_path):
+    stopped()
+    checkpoint = str(tmp_path / "out" / "checkpoint-1")
+    with pytest.raises(ConfigError, match=r"another configuration: learning_rate 0\.01 -> 0\.5; lora_rank 8 -> 64"):
+        run_exp(train_config(max_steps=4, resume_from_checkpoint=checkpoint, learning_rate=0.5, lora_rank=64))
+
+
+def test_a_named_checkpoint_is_continued(stopped, train_config, tmp_path):
+    stopped()
+    checkpoint = str(tmp_path / "out" / "checkpoint-1")
+    result = run_exp(train_config(save_steps=1, max_steps=4, resume_from_checkpoint=checkpoint))
+    rows = [json.loads(line) for line in (result.output_dir / "trainer_log.jsonl").read_text().splitlines()]
+    assert [row["current_steps"] for row in rows if "loss" in row] == [1, 2, 3, 4]
+
+
+def test_resume_wins_over_overwrite_where_it_is_asked_for(stopped, train_config):
+    stopped(overwrite_output_dir=True)
+    result = run_exp(train_config(save_steps=1, max_steps=4, overwrite_output_dir=True, resume_from_checkpoint=True))
+    assert result.exit_code == 0
+    record = json.loads((result.output_dir / "run.json").read_text())
+    manifest = json.loads((result.output_dir / "checkpoint-1" / "MANIFEST.json").read_text())
+    assert record["run_id"] == manifest["run_id"]
+
+
+def test_other_rows_are_refused(stopped, train_config, tmp_path):
+    cfg = stopped()
+    rows = tmp_path / "data" / "rows.json"
+    rows.write_text(rows.read_text().replace("number 3", "number three"))
+    with pytest.raises(ConfigError, match="was started with other rows"):
+        run_exp(cfg)
+    assert (tmp_path / "out" / "checkpoint-2").is_dir()
+
+
+def test_another_number_of_processes_is_refused(stopped, tmp_path):
+    cfg = stopped()
+    path = tmp_path / "out" / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_processes": 3}))
+    with pytest.raises(ConfigError, match="a run of 3 processes, and this one has 1"):
+        run_exp(cfg)
+
+
+def test_resuming_nothing_is_an_error(train_config):
+    with pytest.raises(ConfigError, match=r"no run\.json, so there is no run to resume"):
+        run_exp(train_config(resume_from_checkpoint=True))
+
+
+def test_a_lora_run_replaces_every_file_of_a_full_run(train_config, tmp_path):
+    folder = tmp_path / "out"
+    run_exp(train_config(finetuning_type="full", max_steps=1, plot_loss=True))
+    assert (folder / "model.safetensors").is_file()
+    run_exp(train_config(max_steps=1, overwrite_output_dir=True))
+    assert not (folder / "model.safetensors").exists()
+    assert not (folder / "config.json").exists()
+    assert (folder / "adapter_model.safetensors").is_file()
+
+
+def test_lost_rows_are_listed_also_in_a_replaced_folder(train_config, tmp_path):
+    run_exp(train_config(max_steps=1))
+    cfg = train_config(max_steps=1, overwrite_output_dir=True, overlong="drop", cutoff_len=30)
+    run_exp(cfg)
+    assert (tmp_path / "out" / "bad_rows.jsonl").read_text().count("longer than cutoff_len") > 0
+
+
+def test_a_run_that_cannot_start_is_recorded_as_failed(train_config, tmp_path, monkeypatch):
+    from llamafactory.train import build
+
+    def broken(*args, **options):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(build, "build_optimizer", broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run_exp(train_config(max_steps=1))
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["state"] == "failed"
+
+
+def test_two_runs_of_different_precision_in_one_process(train_config, tmp_path):
+    for name, changes in {"a": {}, "b": {"bf16": True}, "c": {"pure_bf16": True}}.items():
+        result = run_exp(train_config(max_steps=1, output_dir=str(tmp_path / name), **changes))
+        assert result.metrics["train_loss"] > 0
+
+
+def test_packing_without_training_rows(train_config):
+    cfg = train_config(do_train=False, do_eval=True, dataset="", eval_dataset="rows", packing=True)
+    assert run_exp(cfg).metrics["eval_loss"] > 0
+
+
+def test_weights_only_checkpoints_say_that_they_end_here(train_config, monkeypatch):
+    import os
+    import signal
+
+    original = loop._Run.train_step
+
+    def interrupted(run):
+        original(run)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(loop._Run, "train_step", interrupted)
+    result = run_exp(train_config(save_only_model=True))
+    assert result.summary.endswith(f"{Path('out', 'checkpoint-1')}; weights only, so it cannot be continued")
