@@ -76,3 +76,24 @@ def test_ctrl_c_before_the_first_step_leaves_nothing_behind(repo_dir, words, tmp
     assert process.returncode == 130, rest
     assert "Traceback" not in rest
     assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+@pytest.mark.long
+def test_ctrl_c_under_torchrun_saves_and_tells_the_truth(repo_dir, words, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "llamafactory", "train", *words, "use_cpu=true"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=repo_dir,
+        env=os.environ | {"PYTHONPATH": str(repo_dir / "src"), "FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2"},
+        start_new_session=True,
+    )
+    wait_for(process, "step 3/")
+    os.killpg(process.pid, signal.SIGINT)
+    _, rest = process.communicate(timeout=120)
+    last = rest.rstrip().splitlines()[-1]
+    assert process.returncode == 130, rest[-3000:]
+    [checkpoint] = (tmp_path / "out").glob("checkpoint-*")
+    assert last.startswith("stopped by SIGINT after step ")
+    assert last.endswith(f"saved in {checkpoint}; the same command continues")

@@ -117,3 +117,10 @@ def test_the_readers_read() -> None:
         "src/llamafactory/data/types.py",
         "docs/",
     ]
+
+
+def test_every_test_file_that_is_named_exists(repo_dir: Path) -> None:
+    text = (repo_dir / "README.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/[\w./-]+)`", text)
+    assert named
+    assert [name for name in named if not (repo_dir / name).exists()] == []
