@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "chat": ("llamafactory.commands.chat", "main", "talk to a model in the terminal"),
     "export": ("llamafactory.commands.export", "main", "merge an adapter into its model, and prove the result"),
     "check": ("llamafactory.commands.check", "main", "show what a configuration means, and everything wrong with it"),
+    "data": ("llamafactory.commands.data", "main", "look at rows as they will be trained, check them, count them"),
     "env": ("llamafactory.commands.env", "main", "show versions and hardware, for a bug report"),
 }
 """Name -> module, function, one line of help."""
@@ -29,7 +30,6 @@ LATER: dict[str, str] = {
     "webui": f"{PROGRAM} train CONFIG",
     "eval": "export the model, then evaluate its folder with lm-evaluation-harness",
     "plan": f"{PROGRAM} check CONFIG",
-    "data": f"{PROGRAM} check CONFIG",
     "runs": "the file run.json in each output folder",
 }
 """Commands that are known but not implemented in this version -> what to do instead."""
@@ -75,7 +75,7 @@ def _run(name: str, words: list[str]) -> int:
     if any(word in {"-h", "--help"} for word in words):
         from llamafactory.commands.option_help import render_help
 
-        print(render_help(name, COMMANDS[name][2]))
+        print(render_help(name, COMMANDS[name][2], words))
         return 0
     return _run_module(name, words)
 

@@ -49,7 +49,7 @@ def load_config(source: Source, *, command: str = "train") -> RunConfig:
 
     Args:
         source: words of a command line, path of a YAML or JSON file, or a mapping.
-        command: `train`, `chat` or `export`; decides which keys must be there.
+        command: `train`, `chat`, `export` or `data`; decides which keys must be there.
 
     Raises:
         ConfigError: with all problems.
@@ -194,7 +194,7 @@ def _check_template(config: RunConfig) -> Problem | None:
 
 
 def _check_datasets(config: RunConfig) -> Iterable[Problem]:
-    if config.command != "train" or not (config.data.dataset or config.data.eval_dataset):
+    if config.command not in ("train", "data") or not (config.data.dataset or config.data.eval_dataset):
         return ()
     from llamafactory.data.registry import check_datasets
 

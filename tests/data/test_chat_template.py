@@ -1,14 +1,22 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.data.conftest import TOOL_DIALOGUE, dialogue
 
+from llamafactory.data import templates
 from llamafactory.data.chat_template import NamedTemplate, find_record, template_names
 from llamafactory.data.row_tools import split_calls
+from llamafactory.data.tool_formats import find_tool_format
 from llamafactory.data.types import Conversation, Message, Turn
 from llamafactory.extras.errors import DataError
 
@@ -23,9 +31,21 @@ KEYS = (
 )
 
 
+# Texts that are known to differ, by (template, case), each with its reason.
+DIFFERENCES: dict[tuple[str, str], str] = {}
+_KEY_ORDER = ("name", "type", "description", "parameters", "enum", "properties", "city", "unit", "required")
+
+
 @pytest.fixture(scope="session")
 def golden(shared_dir: Path) -> Any:
     return json.loads((shared_dir / "golden" / "templates_compat.json").read_text(encoding="utf-8"))
+
+
+def in_order(value: Any) -> Any:
+    """The tools in the order of keys that they were rendered with; the file has them sorted."""
+    if isinstance(value, dict):
+        return {key: in_order(value[key]) for key in sorted(value, key=_KEY_ORDER.index)}
+    return value
 
 
 def conversation(given: Any) -> Conversation:
@@ -40,31 +60,44 @@ def conversation(given: Any) -> Conversation:
                 messages.append(Message(role="tool", content=message["content"]))
             case role:
                 messages.append(Message(role=role, content=message["content"]))
-    return Conversation(messages=tuple(messages), tools=None if given["tools"] is None else tuple(given["tools"]))
+    tools = None if given["tools"] is None else tuple(in_order(tool) for tool in given["tools"])
+    return Conversation(messages=tuple(messages), tools=tools)
 
 
 def text(turns: tuple[Turn, ...]) -> list[list[str]]:
     return [["".join(segment.text for segment in side) for side in (turn.prompt, turn.answer)] for turn in turns]
 
 
-@pytest.mark.parametrize("name", template_names())
+def bound(name: str, **options: Any) -> NamedTemplate:
+    return NamedTemplate(record=find_record(name), bos="<BOS>", eos="<EOS>", **options)
+
+
 @pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("name", template_names())
 def test_each_entry_writes_what_is_known_of_it(golden: Any, name: str, key: str) -> None:
-    expected = golden["templates"][name].get(key)
-    if expected is None:
-        pytest.skip("no such case for this template")
-    template = NamedTemplate(record=find_record(name), bos="<BOS>", eos="<EOS>")
-    [turns] = template.render(conversation(golden["inputs"][key.split("|")[0]]))
-    assert text(turns) == expected
+    case, _, option = key.partition("|")
+    template = bound(name, enable_thinking=not option, adds_end=False)
+    [turns] = template.render(conversation(golden["inputs"][case]))
+    today = f"{date.today():%d %b %Y}"
+    expected = json.loads(json.dumps(golden["templates"][name][key]).replace("{{TODAY}}", today))
+    reason = DIFFERENCES.get((name, key))
+    assert (text(turns) == expected) is (reason is None), reason or text(turns)
+
+
+def test_every_known_name_and_every_known_case_is_there(golden: Any) -> None:
+    assert golden["templates"].keys() == set(template_names())
+    assert {key for known in golden["templates"].values() for key in known} == {"_meta", *KEYS}
 
 
 @pytest.mark.parametrize("name", template_names())
 def test_each_entry_has_the_known_stop_words_and_flags(golden: Any, name: str) -> None:
     known, record = golden["templates"][name]["_meta"], find_record(name)
-    assert sorted(record.stop_words) == sorted(known["stop_words"])
+    assert list(record.stop_words) == known["stop_words"]
     assert record.default_system == known["default_system"]
     assert (record.replace_eos, record.efficient_eos) == (known["replace_eos"], known["efficient_eos"])
     assert list(record.thought_words) == known["thought_words"]
+    assert record.is_reasoning == ("Reasoning" in known["class"])
+    assert record.system_in_user == (known["class"] == "Llama2Template")
 
 
 def test_an_entry_inherits_what_it_does_not_say() -> None:
@@ -75,8 +108,18 @@ def test_an_entry_inherits_what_it_does_not_say() -> None:
 
 
 def test_an_unknown_name_gets_near_matches() -> None:
-    with pytest.raises(DataError, match=r"unknown template 'chatlm'(?s:.*)chatml(?s:.*)did you mean 'chatml'"):
+    with pytest.raises(DataError, match=r"unknown template 'chatlm'(?s:.*)did you mean(?s:.*)'chatml'"):
         find_record("chatlm")
+    with pytest.raises(DataError, match=r"unknown template 'xyz'(?s:.*)aeva, (?s:.*)chatml, (?s:.*)zephyr"):
+        find_record("xyz")
+
+
+@pytest.mark.parametrize("name", template_names())
+def test_a_name_is_found_again_by_its_near_matches(name: str) -> None:
+    middle = len(name) // 2
+    for wrong in (name.upper().replace("_", "-"), name[:middle] + "x" + name[middle:], name + "_"):
+        with pytest.raises(DataError, match=f"did you mean.*'{re.escape(name)}'"):
+            find_record(wrong)
 
 
 def test_braces_in_a_row_are_never_filled() -> None:
@@ -117,3 +160,60 @@ def test_results_of_parallel_calls_share_one_observation() -> None:
     messages = (*TOOL_DIALOGUE.messages[:3], Message(role="tool", content="second"), TOOL_DIALOGUE.messages[3])
     [turns] = NamedTemplate(record=find_record("chatml")).render(Conversation(messages=messages))
     assert text(turns)[1][0] == '<|im_start|>tool\n{"temp": 21}\nsecond<|im_end|>\n<|im_start|>assistant\n'
+
+
+def test_efficient_eos_adds_an_end_token_behind_the_last_answer_only() -> None:
+    talk = dialogue("a", "b", "c", "d")
+    [turns] = bound("glm4").render(talk)
+    assert [sides[1] for sides in text(turns)] == ["\nb", "\nd<EOS>"]
+    assert turns[-1].answer[-1].trainable
+    assert "<EOS>" not in "".join(segment.text for segment in bound("glm4").render_prompt(talk))
+
+
+def test_the_system_text_of_some_families_is_inside_the_first_user_message() -> None:
+    [turns] = bound("llama2").render(dialogue("a", "b", "c", "d", system="s"))
+    assert [sides[0] for sides in text(turns)] == [
+        "<BOS>[INST] <<SYS>>\ns\n<</SYS>>\n\na [/INST]",
+        "<BOS>[INST] c [/INST]",
+    ]
+    twice = (Message(role="system", content="s"), Message(role="user", content="a"), Message(role="user", content="b"))
+    prompt = bound("gemma").render_prompt(Conversation(messages=twice))
+    assert "".join(segment.text for segment in prompt).count("s\n\n") == 1
+    alone = bound("gemma").render_prompt(Conversation(messages=twice[:1]))
+    assert "".join(segment.text for segment in alone) == "<BOS>s\n\n"
+
+
+def test_tools_may_have_a_slot_of_their_own() -> None:
+    prompt = bound("phi4_mini").render_prompt(Conversation(messages=(), tools=({"name": "f"},)))
+    assert [(segment.text, segment.is_literal) for segment in prompt][1:4] == [
+        ("<|tool|>", False),
+        ('[{"name": "f"}]', True),
+        ("<|/tool|>", False),
+    ]
+    other = bound("phi4_mini", tool_format_name="default")
+    assert "Tool Name" in "".join(
+        s.text for s in other.render_prompt(Conversation(messages=(), tools=({"name": "f"},)))
+    )
+
+
+def test_the_index_knows_all_entries_and_each_names_a_tool_format() -> None:
+    folder = Path(templates.__file__).parent
+    parsed = [name for file in folder.glob("*.toml") for name in tomllib.loads(file.read_text(encoding="utf-8"))]
+    assert sorted(parsed) == list(template_names())
+    for name in parsed:
+        assert find_tool_format(find_record(name).tool_format)
+
+
+def test_one_entry_is_found_without_parsing_the_other_files(repo_dir: Path) -> None:
+    code = (
+        "import time; from llamafactory.data.chat_template import find_record; start = time.perf_counter(); "
+        "find_record('qwen3_vl'); spent = time.perf_counter() - start; "
+        "from llamafactory.data.templates import index; "
+        "print(index._read_file.cache_info().currsize, spent)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(repo_dir / "src")}
+    output = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert int(output[0]) == 2  # its own file, and that of chatml
+    assert float(output[1]) < 0.1  # seconds; some 7 ms on an idle machine

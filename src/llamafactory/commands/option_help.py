@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from llamafactory.compose import all_sections
@@ -25,8 +25,12 @@ _OWN_WORDS = {
 }
 
 
-def render_help(command: str, summary: str) -> str:
-    """The help of one command."""
+def render_help(command: str, summary: str, words: Sequence[str] = ()) -> str:
+    """The help of one command; `words` stood behind it and may name a sub-command."""
+    if command == "data":
+        from llamafactory.commands import data_help
+
+        return data_help.render_help(words)
     if command == "env":
         return f"llamafactory-cli env: {summary}\n\nIt takes no options."
     lines = [f"llamafactory-cli {command}: {summary}", ""]

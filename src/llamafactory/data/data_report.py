@@ -124,6 +124,11 @@ def write_lost_rows(rows: Sequence[LostRow], output_dir: Path) -> Path | None:
     return path
 
 
+def has_too_many_bad_rows(lost: Sequence[LostRow], num_rows: int, max_bad_rows: float) -> bool:
+    """Whether more rows are bad than the share `max_bad_rows` allows; the allowed number is rounded down."""
+    return sum(row.is_bad for row in lost) > int(max_bad_rows * num_rows + 1e-9)
+
+
 def refuse_bad_rows(name: str, lost: Sequence[LostRow], num_rows: int, max_bad_rows: float) -> None:
     """Stop if more rows are bad than the share `max_bad_rows` allows; the allowed number is rounded down.
 
@@ -132,9 +137,9 @@ def refuse_bad_rows(name: str, lost: Sequence[LostRow], num_rows: int, max_bad_r
     Raises:
         DataError: too many; lists the first ones and counts all by reason.
     """
-    bad = [row for row in lost if row.is_bad]
-    if len(bad) <= int(max_bad_rows * num_rows + 1e-9):
+    if not has_too_many_bad_rows(lost, num_rows, max_bad_rows):
         return
+    bad = [row for row in lost if row.is_bad]
     counts = Counter(row.reason for row in bad)
     shown = [row.render() for row in bad[:_NUM_SHOWN]]
     if len(bad) > len(shown):

@@ -208,17 +208,13 @@ def assemble(turns: Sequence[EncodedTurn], cutoff_len: int, *, keep_last: bool =
     """
     total = sum(len(turn.prompt_ids) + len(turn.answer_ids) for turn in turns)
     kept: list[tuple[Sequence[int], Sequence[float]]] = []
-    budget = cutoff_len
-    for turn in reversed(turns) if keep_last else turns:
-        if budget <= 0:
-            break
-        num_prompt, num_answer = share_budget(len(turn.prompt_ids), len(turn.answer_ids), budget)
-        sides = [
+    for turn, (num_prompt, num_answer) in zip(
+        turns, kept_lengths(turns, cutoff_len, keep_last=keep_last), strict=True
+    ):
+        kept += [
             (turn.prompt_ids[:num_prompt], turn.prompt_weights[:num_prompt]),
             (turn.answer_ids[:num_answer], turn.answer_weights[:num_answer]),
         ]
-        kept = sides + kept if keep_last else kept + sides
-        budget -= num_prompt + num_answer
     ids = np.array([token for side in kept for token in side[0]], dtype=np.int32)
     weights = np.array([weight for side in kept for weight in side[1]], dtype=np.float32)
     return Example(
@@ -227,6 +223,29 @@ def assemble(turns: Sequence[EncodedTurn], cutoff_len: int, *, keep_last: bool =
         weights=_weights_or_none(weights),
         num_cut=total - len(ids),
     )
+
+
+def kept_lengths(turns: Sequence[EncodedTurn], cutoff_len: int, *, keep_last: bool = False) -> list[tuple[int, int]]:
+    """How many tokens of each turn's prompt and answer `assemble` keeps, both counted from the side's start."""
+    lengths: list[tuple[int, int]] = []
+    budget = cutoff_len
+    for turn in reversed(turns) if keep_last else turns:
+        kept = share_budget(len(turn.prompt_ids), len(turn.answer_ids), budget) if budget > 0 else (0, 0)
+        lengths.append(kept)
+        budget -= sum(kept)
+    return lengths[::-1] if keep_last else lengths
+
+
+def cut_places(turns: Sequence[EncodedTurn], cutoff_len: int, *, keep_last: bool = False) -> dict[int, int]:
+    """Where `assemble` took tokens out: position among the ids that stay -> number of tokens that stood there."""
+    places: dict[int, int] = {}
+    position = 0
+    for turn, kept in zip(turns, kept_lengths(turns, cutoff_len, keep_last=keep_last), strict=True):
+        for ids, num_kept in zip((turn.prompt_ids, turn.answer_ids), kept, strict=True):
+            position += num_kept
+            if num_kept < len(ids):
+                places[position] = places.get(position, 0) + len(ids) - num_kept
+    return places
 
 
 def join_history(turns: Sequence[EncodedTurn]) -> EncodedTurn:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 from llamafactory.data.data_report import DataReport, DatasetReport, LostRow, refuse_bad_rows, write_lost_rows
-from llamafactory.data.encode import Encoder, assemble
+from llamafactory.data.encode import EncodedTurn, Encoder, assemble
 from llamafactory.data.order import split_order
 from llamafactory.data.records import RecordReader, chunked
 from llamafactory.data.registry import find_specs
@@ -36,6 +36,18 @@ class PreparedData:
     train: Sequence[Example]
     evaluation: Mapping[str, Sequence[Example]]
     report: DataReport
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncodedRow:
+    """One row: its sequences before truncation, and the examples made of them.
+
+    Both are empty where no answer of the row carries loss.
+    """
+
+    origin: str
+    sequences: list[list[EncodedTurn]]
+    examples: list[Example]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,38 +123,55 @@ def _evaluation_sets(
 def _encode_dataset(
     spec: DatasetSpec, data: DataConfig, template: Template, encoder: Encoder, *, seed: int, output_dir: Path | None
 ) -> _Encoded:
-    _refuse_other_stage(spec)
-    reader = RecordReader(spec=spec, max_samples=data.max_samples, seed=seed, variables=data.data_variables)
-    mask = MaskOptions(train_on_prompt=data.train_on_prompt, mask_history=data.mask_history)
+    reader = open_reader(spec, data, seed=seed)
     rows: list[list[Example]] = []
     lost: list[LostRow] = []
+    for row in encode_rows(reader, data, template, encoder):
+        kept, reason = keep_examples(row.examples, data, row.origin)
+        if kept:
+            rows.append(kept)
+        else:
+            lost.append(LostRow(dataset=spec.name, origin=row.origin, reason=reason, is_bad=False))
+    lost = reader.lost + lost
+    report = _count(spec.name, reader, rows, lost)
+    _refuse_useless(spec, report, lost, data, output_dir)
+    return _Encoded(rows=rows, report=report, lost=lost)
+
+
+def open_reader(spec: DatasetSpec, data: DataConfig, *, seed: int) -> RecordReader:
+    """A reader of the rows that the config asks for.
+
+    Raises:
+        DataError: data that only another stage can learn from.
+    """
+    _refuse_other_stage(spec)
+    return RecordReader(spec=spec, max_samples=data.max_samples, seed=seed, variables=data.data_variables)
+
+
+def encode_rows(reader: RecordReader, data: DataConfig, template: Template, encoder: Encoder) -> Iterator[EncodedRow]:
+    """The rows of one data set as ids and labels, in their order; rows that break a rule go to `reader.lost`.
+
+    Raises:
+        DataError: unreadable data.
+    """
+    mask = MaskOptions(train_on_prompt=data.train_on_prompt, mask_history=data.mask_history)
     for chunk in chunked(iter(reader), _CHUNK_ROWS):
         sequences: list[Sequence[Turn]] = []
         owners: list[int] = []
+        rows: dict[int, EncodedRow] = {}
         for number, (origin, record) in enumerate(chunk):
             try:
                 turns = render_turns(_conversation(record), template, mask)
             except RowError as error:
                 reader.lose(origin, error)
                 continue
-            if not turns:
-                lost.append(LostRow(dataset=spec.name, origin=origin, reason=NO_TARGET, is_bad=False))
+            rows[number] = EncodedRow(origin=origin, sequences=[], examples=[])
             sequences += turns
             owners += [number] * len(turns)
-        by_row: dict[int, list[Example]] = {}
         for number, turns in zip(owners, encoder.encode(sequences), strict=True):
-            by_row.setdefault(number, []).append(assemble(turns, data.cutoff_len, keep_last=data.mask_history))
-        for number, examples in by_row.items():
-            origin = chunk[number][0]
-            kept, reason = _keep(examples, data, origin)
-            if kept:
-                rows.append(kept)
-            else:
-                lost.append(LostRow(dataset=spec.name, origin=origin, reason=reason, is_bad=False))
-    lost = reader.lost + lost
-    report = _count(spec.name, reader, rows, lost)
-    _refuse_useless(spec, report, lost, data, output_dir)
-    return _Encoded(rows=rows, report=report, lost=lost)
+            rows[number].sequences.append(turns)
+            rows[number].examples.append(assemble(turns, data.cutoff_len, keep_last=data.mask_history))
+        yield from rows.values()
 
 
 def _conversation(record: object) -> Conversation:
@@ -164,8 +193,12 @@ def _conversation(record: object) -> Conversation:
     return record
 
 
-def _keep(examples: Sequence[Example], data: DataConfig, origin: str) -> tuple[list[Example], str]:
-    """The examples of a row that are used, and why none is."""
+def keep_examples(examples: Sequence[Example], data: DataConfig, origin: str) -> tuple[list[Example], str]:
+    """The examples of a row that are used, and why none is.
+
+    Raises:
+        DataError: an example is too long, and the config wants that to stop the run.
+    """
     cut = next((example for example in examples if example.num_cut), None)
     if cut is not None and data.overlong == "error":
         raise DataError(
@@ -177,7 +210,7 @@ def _keep(examples: Sequence[Example], data: DataConfig, origin: str) -> tuple[l
         )
     fitting = [example for example in examples if not example.num_cut or data.overlong == "truncate"]
     kept = [example for example in fitting if example.num_supervised]
-    return kept, NO_TARGET if fitting else TOO_LONG
+    return kept, NO_TARGET if fitting or not examples else TOO_LONG
 
 
 def _count(name: str, reader: RecordReader, rows: Sequence[list[Example]], lost: Iterable[LostRow]) -> DatasetReport:

@@ -7,6 +7,7 @@ from typing import Any
 
 from llamafactory.data.chat_template import NamedTemplate, find_record
 from llamafactory.data.jinja_template import JinjaTemplate, tokenizer_jinja
+from llamafactory.data.row_error import RowError
 from llamafactory.data.tool_formats import find_tool_format
 from llamafactory.data.types import Conversation, Message, Template
 from llamafactory.extras.errors import DataError
@@ -14,14 +15,11 @@ from llamafactory.extras.log import note
 
 __all__ = ["build_template", "end_token", "find_record", "template_difference"]
 
-_DIALOGUE = Conversation(
-    messages=(
-        Message(role="system", content="Be brief."),
-        Message(role="user", content="How are you?"),
-        Message(role="assistant", content="Fine."),
-        Message(role="user", content="Bye!"),
-        Message(role="assistant", content="See you."),
-    )
+_MESSAGES = (
+    Message(role="system", content="Be brief."),
+    Message(role="user", content="How are you?"),
+    Message(role="assistant", content="Fine."),
+    Message(role="user", content="Bye!"),
 )
 
 
@@ -104,22 +102,23 @@ def _refuse_named_options(**options: object) -> None:
 
 
 def template_difference(template: NamedTemplate, tokenizer: Any, jinja: str) -> str:
-    """How the tokenizer's own template asks for the last answer of a fixed dialogue otherwise, as a diff, or empty."""
-    texts = []
-    for candidate in (template, None):
-        try:
-            used = candidate or JinjaTemplate(jinja, tokenizer, enable_thinking=template.enable_thinking)
-            texts.append([_text(used, with_system) for with_system in (True, False)])
-        except DataError:
-            return ""
+    """How the tokenizer's own template writes what is before an answer otherwise, as a diff; empty if it does not."""
+    try:
+        own = JinjaTemplate(jinja, tokenizer, enable_thinking=template.enable_thinking)
+    except DataError:
+        return ""
     lines: list[str] = []
-    for title, ours, theirs in zip(("with a system message", "without one"), *texts, strict=True):
+    for title, messages in (("with a system message", _MESSAGES), ("without one", _MESSAGES[1:])):
+        try:
+            theirs = _text(own, messages)
+        except RowError:  # a template that refuses system messages, say
+            continue
+        ours = _text(template, messages)
         if ours.rstrip() != theirs.rstrip():
             diff = difflib.unified_diff(ours.splitlines(), theirs.splitlines(), lineterm="", n=0)
             lines += [f"  {title}:"] + [f"    {line}" for line in list(diff)[2:] if not line.startswith("@@")]
     return "\n".join(lines)
 
 
-def _text(template: Template, with_system: bool) -> str:
-    messages = _DIALOGUE.messages if with_system else _DIALOGUE.messages[1:]
-    return "".join(segment.text for segment in template.render_prompt(Conversation(messages=messages[:-1])))
+def _text(template: Template, messages: tuple[Message, ...]) -> str:
+    return "".join(segment.text for segment in template.render_prompt(Conversation(messages=messages)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,8 +14,8 @@ from accelerate.state import AcceleratorState
 
 from llamafactory.extras import log
 from llamafactory.extras.files import fsync, write_json
-from llamafactory.train import step as steps
 from llamafactory.train.build import require_trainable, trainable_report
+from llamafactory.train.loop import evaluate
 from llamafactory.train.output_dir import RUN_FILE, Claim, clear_replaced_run
 from llamafactory.train.plot import plot_curves
 from llamafactory.train.report import RunResult, run_record, write_model_card, write_results
@@ -112,7 +111,7 @@ def write_outcome(cfg: RunConfig, job: Job, record: RunRecord, result: FitResult
     if result is not None and job.accelerator.is_main_process:
         _write_final_weights(job)
         write_results(job.output_dir, "train", metrics)
-    evaluation = final_evaluation(job)
+    evaluation = (result.evaluation if result else None) or evaluate(job)
     metrics |= evaluation
     if job.accelerator.is_main_process:
         _write_reports(cfg, job, record, result, metrics, evaluation)
@@ -133,23 +132,6 @@ def _write_final_weights(job: Job) -> None:
         fsync(path)
         path.replace(job.output_dir / path.name)
     staging.rmdir()
-
-
-def final_evaluation(job: Job) -> dict[str, float]:
-    """Evaluates every evaluation set once, with the compatible metric names."""
-    values: dict[str, float] = {}
-    for prefix, feed in job.evaluation.items():
-        started = time.monotonic()
-        loss, units = steps.evaluation_loss(job.accelerator, job.module, feed.one_pass(job.accelerator.process_index))
-        seconds = time.monotonic() - started
-        values |= {
-            f"{prefix}_loss": loss,
-            f"{prefix}_runtime": round(seconds, 4),
-            f"{prefix}_samples_per_second": round(len(feed.examples) / seconds, 3),
-            f"{prefix}_steps_per_second": round(feed.schedule.windows_per_epoch / seconds, 3),
-            f"{prefix}_supervised_tokens": float(units),
-        }
-    return values
 
 
 def _write_reports(

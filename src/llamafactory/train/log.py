@@ -109,7 +109,7 @@ class RunLog:
         except OSError as error:
             log.warn(f"{self._path} cannot be written ({error}); training goes on", once=True)
         self._track(row, step)
-        self._show(_line(row))
+        self._show(_line(row), values.get("throughput"))
 
     def _cut_back(self) -> None:
         """Takes rows out of the file that were logged after the checkpoint: they will be logged again."""
@@ -125,8 +125,10 @@ class RunLog:
         except Exception as error:  # a tracker is third-party code on a network; the run goes on without it
             log.warn(f"the tracker failed ({type(error).__name__}: {error}); training goes on", once=True)
 
-    def _show(self, line: str) -> None:
+    def _show(self, line: str, rate: float | None) -> None:
         if self._bar:
+            if rate is not None:
+                self._bar.progress.update(self._bar.task, rate=f"{rate:.0f} supervised tokens/s")
             self._bar.progress.console.print(line, highlight=False, markup=False)
         else:
             log.info(line)
@@ -148,6 +150,7 @@ class _Bar:
 
         self.progress = Progress(
             TextColumn("{task.description}"),
+            TextColumn("{task.fields[rate]}"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("elapsed"),
@@ -156,7 +159,7 @@ class _Bar:
             TimeRemainingColumn(),
             console=Console(stderr=True),
         )
-        self.task = self.progress.add_task("training", total=total, completed=done)
+        self.task = self.progress.add_task("training", total=total, completed=done, rate="")
 
 
 def _clock(seconds: float) -> str:

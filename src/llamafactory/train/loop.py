@@ -80,12 +80,14 @@ class FitResult:
         stop_signal: number of the signal that stopped the run, or 0.
         metrics: the compatible names, for `train_results.json`.
         last_checkpoint: the newest one that this process wrote.
+        evaluation: what `evaluate` found after the last step, or None where it was not evaluated then.
     """
 
     state: RunState
     stop_signal: int
     metrics: dict[str, float]
     last_checkpoint: Path | None
+    evaluation: dict[str, float] | None
 
 
 def fit(job: Job) -> FitResult:
@@ -114,6 +116,28 @@ def fit(job: Job) -> FitResult:
         return run.result()
 
 
+def evaluate(job: Job) -> dict[str, float]:
+    """Evaluates every evaluation set once.
+
+    Returns:
+        The compatible names: `eval_loss` in nats per supervised token, run time in seconds, and rates.
+    """
+    values: dict[str, float] = {}
+    for prefix, feed in job.evaluation.items():
+        started = time.monotonic()
+        batches = feed.one_pass(job.accelerator.process_index)
+        loss, units = steps.evaluation_loss(job.accelerator, job.module, batches)
+        seconds = time.monotonic() - started
+        values |= {
+            f"{prefix}_loss": loss,
+            f"{prefix}_runtime": round(seconds, 4),
+            f"{prefix}_samples_per_second": round(len(feed.examples) / seconds, 3),
+            f"{prefix}_steps_per_second": round(feed.schedule.windows_per_epoch / seconds, 3),
+            f"{prefix}_supervised_tokens": float(units),
+        }
+    return values
+
+
 class _Run:
     """The moving parts of one call of `fit`."""
 
@@ -134,6 +158,7 @@ class _Run:
         )
         self.num_tokens = job.start.num_tokens
         self.stop_signal = 0
+        self._evaluated: tuple[int, dict[str, float]] | None = None
         self._peak = job.measure_peak()
         self._peaks_left = 3
         self._whole, self._since_log = _Span(), _Span()
@@ -187,15 +212,12 @@ class _Run:
                 "Lower learning_rate, use bf16 instead of fp16, or look at the rows of the last steps."
             )
 
-    def evaluate(self) -> dict[str, float]:
-        job = self.job
-        values: dict[str, float] = {}
+    def evaluate(self) -> None:
+        """Evaluates, and logs the losses."""
         with self._pause("evaluating"):
-            for prefix, feed in job.evaluation.items():
-                batches = feed.one_pass(job.accelerator.process_index)
-                values[f"{prefix}_loss"], _ = steps.evaluation_loss(job.accelerator, job.module, batches)
-            self.log.write(self.step, self.epoch, values)
-        return values
+            values = evaluate(self.job)
+            self.log.write(self.step, self.epoch, {key: x for key, x in values.items() if key.endswith("_loss")})
+        self._evaluated = self.step, values
 
     def save(self) -> None:
         """Writes a checkpoint of the current step, once."""
@@ -244,8 +266,13 @@ class _Run:
                 metrics["effective_tokens_per_sec"] = round(span.tokens / seconds, 2)
             if (mfu := self._mfu(span, seconds)) is not None:
                 metrics["train_mfu"] = mfu
+        is_current = self._evaluated is not None and self._evaluated[0] == self.step
         return FitResult(
-            state=self.state(), stop_signal=self.stop_signal, metrics=metrics, last_checkpoint=self.last_checkpoint
+            evaluation=self._evaluated[1] if self._evaluated and is_current else None,
+            state=self.state(),
+            stop_signal=self.stop_signal,
+            metrics=metrics,
+            last_checkpoint=self.last_checkpoint,
         )
 
     def agree_to_stop(self, stop: StopRequest) -> bool:

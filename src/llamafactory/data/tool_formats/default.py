@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 
+from llamafactory.data.tool_formats.parts.json_calls import read_object
+from llamafactory.data.tool_formats.parts.syntax import Block, Syntax, Tools, fixed
 from llamafactory.data.types import Piece, ToolCall
 
-_NAME = "Action:"
-_INPUT = re.compile(r"\n[ \t]*Action Input:[ \t]*")
-_MAX_FAILED = 64
+_MARK = "Action:"
+_START = re.compile(r"Action:(?=(?:(?!Action:)[^\n]){1,200}\n[ \t]*Action Input:)")
+_CALL = re.compile(r"Action:([^\n]*)\n[ \t]*Action Input:[ \t]*")
 
 
 def describe_tools(tools: Sequence[Mapping[str, object]]) -> list[Piece]:
@@ -47,30 +48,20 @@ def join_results(results: Sequence[str]) -> list[Piece]:
     return [Piece("\n".join(results), is_literal=True)]
 
 
-def parse_calls(text: str) -> tuple[str, tuple[ToolCall, ...]]:
-    """The text before the first call, and all calls; text between or behind calls is left out.
+def parse_calls(text: str, tools: Tools = ()) -> tuple[str, tuple[ToolCall, ...]]:
+    """As `ToolFormat.parse_calls`.
 
-    A call is an `Action: name` line above an `Action Input:` line that goes on with a JSON object. Reads forward only
-    and gives up after some unreadable inputs, so that the time is linear in the length of the text.
+    A call is an `Action: name` line above an `Action Input:` line that goes on with a JSON object.
     """
-    decoder = json.JSONDecoder()
-    calls: list[ToolCall] = []
-    first, position, num_failed = len(text), 0, 0
-    while num_failed < _MAX_FAILED and (match := _INPUT.search(text, position)):
-        line = text.rfind("\n", 0, match.start()) + 1
-        start = text.rfind(_NAME, max(line, position), match.start())
-        try:
-            arguments, end = decoder.raw_decode(text, match.end())
-        except (json.JSONDecodeError, RecursionError):
-            arguments, end = None, match.end()
-        name = text[start + len(_NAME) : match.start()].strip()
-        if start >= 0 and name and isinstance(arguments, dict):
-            first = min(first, start)
-            calls.append(ToolCall(name=name, arguments=text[match.end() : end]))
-        else:
-            num_failed += 1
-        position = end
-    return text[:first], tuple(calls)
+    return SYNTAX.parse(text, tools)
+
+
+def _read(text: str, position: int, tools: Tools) -> Block | None:
+    match = _CALL.match(text, position)
+    read = read_object(text, match.end()) if match else None
+    if match is None or read is None or not (name := match.group(1).strip()):
+        return None
+    return Block((ToolCall(name=name, arguments=text[match.end() : read[1]]),), read[1])
 
 
 def _describe(tool: Mapping[str, object]) -> str:
@@ -95,3 +86,7 @@ def _choices(field: Mapping[str, object]) -> str:
     if isinstance(items := field.get("items"), Mapping) and items:
         text += f", where each item should be {items.get('type', '')}"
     return text
+
+
+_OPENING, _PARTIAL = fixed(_MARK)
+SYNTAX = Syntax(opening=_OPENING, start=_START, partial=_PARTIAL, end="}", read=_read)
