@@ -14,9 +14,7 @@ from llamafactory.model.loader import adapter_folders, load_model, load_model_co
 
 def test_a_model_that_is_not_there(tmp_path):
     cfg = ModelConfig(model_name_or_path=str(tmp_path / "nothing"), offline=True)
-    with pytest.raises(
-        LlamaFactoryError, match=r"cannot load '.*nothing'.*\n.*a hub id that this machine can reach"
-    ):
+    with pytest.raises(LlamaFactoryError, match=r"cannot load '.*nothing'.*\n.*a hub id that this machine can reach"):
         load_model_config(cfg)
 
 

@@ -45,9 +45,7 @@ def test_alpha_defaults_to_twice_the_rank(base):
 
 
 def test_a_name_that_matches_nothing_is_refused(base):
-    with pytest.raises(
-        LlamaFactoryError, match=r"q_porj matches no module of LlamaForCausalLM\. .* q_proj"
-    ):
+    with pytest.raises(LlamaFactoryError, match=r"q_porj matches no module of LlamaForCausalLM\. .* q_proj"):
         lora.apply(base, lora.Options(lora_target="q_porj,v_proj"), adapters=(), trainable=True)
     with pytest.raises(LlamaFactoryError, match="mixes all with names"):
         lora.apply(base, lora.Options(lora_target="all,lm_head"), adapters=(), trainable=True)

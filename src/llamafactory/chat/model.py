@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from llamafactory.chat.engine import Piece, Response, load_engine
 from llamafactory.data.encode import Encoder
-from llamafactory.data.template_choice import build_template, end_token
+from llamafactory.data.template_choice import end_token, template_of
 from llamafactory.data.types import Conversation, Message, Turn
 from llamafactory.extras.errors import LlamaFactoryError
 from llamafactory.extras.network import go_offline
@@ -33,12 +33,7 @@ class ChatModel:
             go_offline()
         self.cfg = cfg
         self.tokenizer = load_tokenizer(cfg.model, eos_token=end_token(cfg.data.template))
-        self.template = build_template(
-            cfg.data.template,
-            self.tokenizer,
-            default_system=cfg.data.default_system,
-            enable_thinking=cfg.data.enable_thinking,
-        )
+        self.template = template_of(cfg.data, self.tokenizer)
         self.engine = load_engine(cfg)
         self._encoder = Encoder(self.tokenizer, is_whole=self.template.is_tokenized_whole)
         self.stop_ids = self._stop_ids()
@@ -119,7 +114,7 @@ class ChatModel:
         found = [Message(role=_role(row), content=row["content"]) for row in messages]
         if system is not None and not any(message.role == "system" for message in found):
             found.insert(0, Message(role="system", content=system))
-        segments = self.template.render_prompt(Conversation(messages=tuple(found), tools=tuple(tools)))
+        segments = self.template.render_prompt(Conversation(messages=tuple(found), tools=tuple(tools) or None))
         [[turn]] = self._encoder.encode([[Turn(prompt=segments, answer=(), message_index=0)]])
         return list(turn.prompt_ids)
 

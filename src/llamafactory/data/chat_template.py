@@ -155,7 +155,7 @@ class NamedTemplate:
     def render(self, conversation: Conversation) -> Sequence[tuple[Turn, ...]]:
         """One sequence of turns; messages after the last answer are left out."""
         turns: list[Turn] = []
-        answers, _ = self._write(conversation, leaves_past_thoughts=self.strips_history)
+        answers, _ = self._write(conversation, leaves_past_thoughts=self.strips_history and not self.preserve_thinking)
         for written in answers:
             asked, answer = written.question, written.answer
             if self.enable_thinking:

@@ -12,8 +12,9 @@ from llamafactory.data.tool_formats import find_tool_format
 from llamafactory.data.types import Conversation, Message, Template
 from llamafactory.extras.errors import DataError
 from llamafactory.extras.log import note
+from llamafactory.hparams.data import DataConfig
 
-__all__ = ["build_template", "end_token", "find_record", "template_difference"]
+__all__ = ["build_template", "end_token", "find_record", "template_of", "template_difference"]
 
 _MESSAGES = (
     Message(role="system", content="Be brief."),
@@ -80,6 +81,25 @@ def build_template(
             once=True,
         )
     return template
+
+
+def template_of(data: DataConfig, tokenizer: Any) -> Template:
+    """The template that a configuration asks for; the same one in training, chat and the data commands.
+
+    Args:
+        data: names the template and its options. With `mask_history` only last answers are trained, so a template of a
+            reasoning model leaves the thoughts of past turns out, as inference does.
+        tokenizer: a transformers tokenizer.
+    """
+    return build_template(
+        data.template,
+        tokenizer,
+        default_system=data.default_system,
+        enable_thinking=data.enable_thinking,
+        tool_format=data.tool_format,
+        preserve_thinking=data.preserve_thinking,
+        strips_history=data.mask_history and data.template not in (None, "auto"),
+    )
 
 
 def end_token(name: str | None) -> str | None:

@@ -36,6 +36,12 @@ class DataConfig(Section):
     enable_thinking: bool | None = option(
         True, "Reasoning models: true trains thoughts, false trains without, null as the rows are.", group=_TEMPLATE
     )
+    preserve_thinking: bool = option(
+        False, "A named template keeps the thoughts of past turns before a new answer.", group=_TEMPLATE
+    )
+    tool_format: str | None = option(
+        None, "Syntax of tool calls of a named template; null takes the template's own.", group=_TEMPLATE
+    )
     train_on_prompt: bool = option(False, "Prompts carry loss too.", group=_LOSS)
     mask_history: bool = option(False, "Only the last answer carries loss.", group=_LOSS)
     cutoff_len: int = option(2048, "Longest example, in tokens.", group=_BATCH, ge=8)

@@ -15,7 +15,7 @@ _Rule: TypeAlias = tuple[Callable[[RunConfig], bool], Iterable[str], str]
 
 _OPTIM_KEYS = ("adam_beta1", "adam_beta2", "adam_epsilon")
 _SHARED_KEYS = {"stage", "finetuning_type", "seed", "use_cpu", "bf16", "fp16", "pure_bf16"}
-_CHAT_KEYS = {"template", "default_system", "enable_thinking"}
+_CHAT_KEYS = {"template", "default_system", "enable_thinking", "preserve_thinking", "tool_format"}
 
 
 def keys_without_effect(config: RunConfig, given: Mapping[str, Any]) -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from llamafactory.data.template_choice import build_template, end_token
+from llamafactory.data.template_choice import end_token, template_of
 from llamafactory.extras import log
 from llamafactory.extras.errors import ConfigError, Problem
 from llamafactory.extras.files import give_usual_modes
@@ -48,10 +48,7 @@ if TYPE_CHECKING:
 def load_text(cfg: RunConfig) -> tuple[PreTrainedTokenizerFast, Template]:
     """Loads the tokenizer, with the end token that the template asks for, and the template."""
     tokenizer = load_tokenizer(cfg.model, eos_token=end_token(cfg.data.template))
-    template = build_template(
-        cfg.data.template, tokenizer, default_system=cfg.data.default_system, enable_thinking=cfg.data.enable_thinking
-    )
-    return tokenizer, template
+    return tokenizer, template_of(cfg.data, tokenizer)
 
 
 def start_accelerator(cfg: RunConfig, plan: ModelPlan) -> Accelerator:

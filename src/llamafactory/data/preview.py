@@ -1,0 +1,159 @@
+"""Rows as they will be trained: the text behind the token ids, what is supervised of it, and where it was cut.
+
+Everything shown is decoded from the ids and labels that training gets; nothing is rendered a second time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from llamafactory.data.data_report import LostRow
+from llamafactory.data.encode import Encoder, clean_backend, cut_places
+from llamafactory.data.pipeline import encode_rows, keep_examples, open_reader
+from llamafactory.data.types import IGNORE_INDEX, DatasetSpec, Example, Template
+from llamafactory.extras.errors import DataError
+from llamafactory.hparams.data import DataConfig
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShownToken:
+    """One token id and its text; a token that is only a part of a character shows as U+FFFD."""
+
+    id: int
+    text: str
+    is_supervised: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShownSpan:
+    """Neighbouring tokens that are supervised alike. `num_cut_behind`: tokens that truncation took out behind them."""
+
+    text: str
+    is_supervised: bool
+    num_cut_behind: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShownExample:
+    """One training sequence. `is_used` is false where the sequence is left out of training."""
+
+    spans: tuple[ShownSpan, ...]
+    tokens: tuple[ShownToken, ...]
+    num_tokens: int
+    num_supervised: int
+    num_cut: int
+    is_used: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShownRow:
+    """One row; several examples where the template rewrites history. `reason` says why none of them is used."""
+
+    dataset: str
+    origin: str
+    examples: tuple[ShownExample, ...]
+    reason: str = ""
+
+
+def preview_rows(
+    spec: DatasetSpec,
+    data: DataConfig,
+    template: Template,
+    tokenizer: Any,
+    *,
+    seed: int,
+    num_rows: int,
+) -> Iterator[ShownRow | LostRow]:
+    """The first rows of a data set; rows that break a rule come last, as `LostRow`.
+
+    Args:
+        spec: the data set.
+        data: how rows become ids and labels.
+        template: writes conversations.
+        tokenizer: a transformers tokenizer with a Rust backend.
+        seed: decides which rows `num_samples` takes.
+        num_rows: rows to read at most.
+
+    Raises:
+        DataError: unreadable data.
+    """
+    backend = clean_backend(tokenizer)
+    encoder = Encoder(tokenizer, is_whole=template.is_tokenized_whole)
+    first = data.model_copy(update={"max_samples": min(num_rows, data.max_samples or num_rows)})
+    reader = open_reader(spec, first, seed=seed)
+    for row in encode_rows(reader, data, template, encoder):
+        try:
+            kept, reason = keep_examples(row.examples, data, row.origin)
+        except DataError as error:
+            kept, reason = [], error.what
+        used = {id(example) for example in kept}
+        shown = [
+            show_example(
+                example,
+                backend,
+                cuts=cut_places(turns, data.cutoff_len, keep_last=data.mask_history),
+                is_used=id(example) in used,
+            )
+            for turns, example in zip(row.sequences, row.examples, strict=True)
+        ]
+        yield ShownRow(dataset=spec.name, origin=row.origin, examples=tuple(shown), reason="" if kept else reason)
+    yield from reader.lost
+
+
+def show_example(
+    example: Example, backend: Tokenizer, *, cuts: dict[int, int] | None = None, is_used: bool = True
+) -> ShownExample:
+    """The text of an example's ids, with its supervised spans and its cuts.
+
+    Args:
+        example: ids and labels as training gets them.
+        backend: turns ids into text.
+        cuts: position among the ids -> tokens taken out there, see `cut_places`.
+        is_used: whether training uses it.
+    """
+    cuts = cuts or {}
+    ids: list[int] = example.input_ids.tolist()
+    is_supervised: list[bool] = (example.labels != IGNORE_INDEX).tolist()
+    changes = {place for place in range(1, len(ids)) if is_supervised[place] != is_supervised[place - 1]}
+    places = sorted({0, len(ids)} | changes | cuts.keys())
+    spans = [
+        ShownSpan(
+            text=decode_part(backend, ids, start, stop),
+            is_supervised=is_supervised[start],
+            num_cut_behind=cuts.get(stop, 0),
+        )
+        for start, stop in pairwise(places)
+    ]
+    if 0 in cuts:
+        spans.insert(0, ShownSpan(text="", is_supervised=False, num_cut_behind=cuts[0]))
+    tokens = (
+        ShownToken(id=token, text=decode_part(backend, ids, place, place + 1), is_supervised=is_supervised[place])
+        for place, token in enumerate(ids)
+    )
+    return ShownExample(
+        spans=tuple(spans),
+        tokens=tuple(tokens),
+        num_tokens=len(ids),
+        num_supervised=example.num_supervised,
+        num_cut=example.num_cut,
+        is_used=is_used,
+    )
+
+
+def decode_part(backend: Tokenizer, ids: Sequence[int], start: int, stop: int) -> str:
+    """The text of `ids[start:stop]` as it reads behind the token before it.
+
+    Some decoders drop a space at the beginning of what they decode, so that a part alone would lose it.
+    """
+    before = ids[max(start - 1, 0) : start]
+    whole = backend.decode([*before, *ids[start:stop]], skip_special_tokens=False)
+    head = backend.decode(list(before), skip_special_tokens=False)
+    if whole.startswith(head) and not head.endswith("\ufffd"):  # else the token before ends inside a character
+        return whole[len(head) :]
+    return backend.decode(ids[start:stop], skip_special_tokens=False)
