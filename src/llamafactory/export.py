@@ -209,9 +209,11 @@ def _prove(
     base: Sequence[torch.Tensor] | None,
     limit: float,
 ) -> ExportProof:
+    """Compares the folder, loaded anew and computed in fp32, so that the gap is that of its weights alone."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=cfg.trust_remote_code).eval()
+    remote = cfg.trust_remote_code
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=remote).eval()
     after = logits_of(model, prompts)
     gaps = [(a - b).abs() for a, b in zip(after, before, strict=True)]
     count = sum(gap.numel() for gap in gaps)

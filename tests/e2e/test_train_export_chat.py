@@ -109,6 +109,19 @@ def test_the_export_carries_its_proof_and_everything_a_server_needs(exported):
     }  # fmt: skip
 
 
+def test_half_the_size_is_within_its_limit(cli, trained, tmp_path):
+    done = cli(
+        "export", "model_name_or_path=SmolLM2-135M-Instruct", f"adapter_name_or_path={trained}",
+        f"export_dir={tmp_path / 'merged'}", "infer_dtype=bfloat16",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    proof = json.loads((tmp_path / "merged" / "export_proof.json").read_text())
+    assert proof["dtype"] == "bfloat16"
+    assert 1e-3 < proof["max_gap"] < 1.0
+    assert proof["top1_agreement"] > 0.95
+    assert (tmp_path / "merged" / "model.safetensors").stat().st_size < 300e6
+
+
 def test_a_gap_over_the_limit_is_an_error_and_never_takes_the_name(cli, trained, tmp_path):
     done = cli(
         "export", "model_name_or_path=SmolLM2-135M-Instruct", f"adapter_name_or_path={trained}",
