@@ -98,7 +98,7 @@ def test_truncation_keeps_the_mask_and_the_budget(turns: list[EncodedTurn], cuto
 
 def test_masking_history_cuts_the_oldest_turns_first(tokenizer: Any) -> None:
     template = NamedTemplate(record=find_record("chatml"))
-    [turns] = render_turns(dialogue("a " * 30, "b " * 30, "c", "d"), template, MaskOptions(mask_history=True))
+    [turns] = render_turns(dialogue("a " * 30, "b " * 30, "c", "d"), template, MaskOptions(train_on="last"))
     [encoded] = Encoder(tokenizer).encode([turns])
     example = assemble(encoded, 40, keep_last=True)
     assert tokenizer.decode(example.input_ids).endswith("user\nc<|im_end|>\n<|im_start|>assistant\nd<|im_end|>\n")

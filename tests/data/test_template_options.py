@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from tests.data.conftest import TOOL_DIALOGUE, dialogue
 
 from llamafactory.data.chat_template import NamedTemplate, find_record, template_names
+from llamafactory.data.jinja_template import JinjaTemplate
 from llamafactory.data.template_choice import build_template, template_difference
 from llamafactory.data.types import Segment, Turn
 from llamafactory.extras.errors import DataError
+from llamafactory.hparams.data import DataConfig
 
 _MESSAGE = st.text("ab\n {}<|>/", max_size=6) | st.sampled_from(
     ["{{content}}{{eos}}", "<|im_end|>", "<think>\nOne.\n</think>\n\n1", "</think>", "<think>", "[/INST] <BOS>"]
@@ -38,6 +40,45 @@ def test_a_tool_format_replaces_the_templates_own() -> None:
     assert '<tool_call>\n{"name": "get_weather"' in prompt
     with pytest.raises(DataError, match=r"unknown tool format 'qwem'(?s:.*)did you mean 'qwen'"):
         build_template("chatml", Bare(), tool_format="qwem")
+
+
+@pytest.mark.parametrize("choice", [True, False, None])
+def test_a_tokenizers_own_template_is_told_what_was_chosen_and_no_more(tokenizer: Any, choice: bool | None) -> None:
+    published = (files("trl") / "chat_templates" / "gemma4_v5.jinja").read_text(encoding="utf-8")
+    template = JinjaTemplate(published, tokenizer, enable_thinking=choice)
+    options = {} if choice is None else {"enable_thinking": choice}
+    messages = [{"role": "user", "content": "Hi"}]
+    for is_asked in (True, False):
+        expected = tokenizer.apply_chat_template(
+            messages, chat_template=published, tokenize=False, add_generation_prompt=is_asked, **options
+        )
+        assert template._render(dialogue("Hi"), generation_prompt=is_asked).text == expected
+
+
+def test_thoughts_of_past_turns_stay_where_the_template_knows_how(tokenizer: Any) -> None:
+    published = (files("trl") / "chat_templates" / "gemma4_v5.jinja").read_text(encoding="utf-8")
+    assert JinjaTemplate(published, tokenizer, preserve_thinking=True)._variables["preserve_thinking"] is True
+
+
+def test_a_word_on_thinking_that_the_template_does_not_know_is_said(
+    tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build_template("auto", tokenizer, enable_thinking=False)
+    assert "does not know enable_thinking" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, None),
+        ({"template": "auto"}, None),
+        ({"template": "auto", "enable_thinking": True}, True),
+        ({"template": "qwen3"}, True),
+        ({"template": "qwen3", "enable_thinking": None}, None),
+    ],
+)
+def test_what_thinking_is_where_nobody_said(given: dict[str, Any], expected: bool | None) -> None:
+    assert DataConfig(**given).enable_thinking is expected
 
 
 @pytest.mark.parametrize("option", [{"tool_format": "qwen"}, {"preserve_thinking": True}])

@@ -112,6 +112,14 @@ BROKEN_YAML: dict[str, tuple[str, tuple[str, ...]]] = {
         GOOD + "mask_history: true\ntrain_on_prompt: true\n",
         ("mask_history (c.yaml:5): cannot be combined with train_on_prompt",),
     ),
+    "last answer and calls": (
+        GOOD + "mask_history: true\ntrain_on: tool_calls\n",
+        ("train_on (c.yaml:6): mask_history means train_on: last",),
+    ),
+    "calls and prompt": (
+        GOOD + "train_on: tool_calls\ntrain_on_prompt: true\n",
+        ("train_on (c.yaml:5): cannot be combined with train_on_prompt",),
+    ),
     "two precisions": (GOOD + "bf16: true\nfp16: true\n", ("fp16 (c.yaml:6): cannot be combined with bf16",)),
     "pure_bf16 and fp16": (GOOD + "pure_bf16: true\nfp16: true\n", ("cannot be combined with pure_bf16",)),
     "half precision on the CPU": (GOOD + "fp16: true\nuse_cpu: true\n", ("float16 training needs a GPU",)),

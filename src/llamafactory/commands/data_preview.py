@@ -53,6 +53,8 @@ def render_row(row: ShownRow, *, is_coloured: bool, has_ids: bool) -> Iterator[s
     count = len(row.examples)
     if count > 1:
         yield f"one row becomes {count} training sequences, because the template rewrites history"
+    if row.num_left_out:
+        yield f"{row.num_left_out} earlier answers are left out, because the template rewrites history"
     for number, example in enumerate(row.examples, start=1):
         title = f"sequence {number} of {count}: " if count > 1 else ""
         title += f"{example.num_tokens:,} tokens, {example.num_supervised:,} supervised"
@@ -107,7 +109,13 @@ def as_record(row: ShownRow | LostRow, *, has_ids: bool) -> dict[str, Any]:
     if not has_ids:
         for example in examples:
             example["tokens"] = None
-    return {"dataset": row.dataset, "origin": row.origin, "reason": row.reason or None, "examples": examples}
+    return {
+        "dataset": row.dataset,
+        "origin": row.origin,
+        "reason": row.reason or None,
+        "num_left_out": row.num_left_out,
+        "examples": examples,
+    }
 
 
 def _read_count(text: str) -> int:

@@ -36,10 +36,11 @@ def main(argv: list[str]) -> int:
     from llamafactory.data.render_lines import render_line
     from llamafactory.data.row_error import RowError
 
+    default = None if own["template"] == "auto" else True  # as in a config
     is_ok = True
     for number, line in _lines(file):
         try:
-            sequences = render_line(line, f"{file.name}:{number}", find_template)
+            sequences = render_line(line, f"{file.name}:{number}", find_template, default_thinking=default)
         except (RowError, DataError) as error:
             is_ok = False
             print(f"error: {file}:{number}: {error}", file=sys.stderr)

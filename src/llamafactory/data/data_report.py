@@ -61,6 +61,8 @@ class DatasetReport:
         num_truncated: examples that were cut.
         num_cut_tokens: tokens that the cuts removed.
         fingerprint: sha256 of the rows as read, in order.
+        num_rewritten: rows in which the template writes earlier answers otherwise than they were generated.
+        num_left_out: answers of such rows that `rewritten_history: last` leaves out.
     """
 
     name: str
@@ -73,6 +75,8 @@ class DatasetReport:
     num_tokens: int
     num_supervised_tokens: int
     fingerprint: str
+    num_rewritten: int = 0
+    num_left_out: int = 0
 
     def line(self) -> str:
         """The counts in one line."""
@@ -81,6 +85,9 @@ class DatasetReport:
         if self.num_examples != self.num_kept:
             text += f" as {self.num_examples:,} sequences"
         text += f", {self.num_tokens:,} tokens, {self.num_supervised_tokens:,} of them supervised ({share:.0f} %)"
+        if self.num_rewritten:
+            text += f"; {self.num_rewritten:,} rows with rewritten history"
+            text += f" ({self.num_left_out:,} answers left out)" if self.num_left_out else ""
         if self.num_truncated:
             text += f"; {self.num_truncated:,} cut to cutoff_len ({self.num_cut_tokens:,} tokens lost)"
         if self.dropped:

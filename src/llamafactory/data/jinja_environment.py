@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from datetime import datetime
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from llamafactory.extras.errors import DataError
 
 if TYPE_CHECKING:
+    from jinja2 import Environment
     from jinja2 import Template as CompiledJinja
 
 MAX_TEMPLATE_CHARS = 1_000_000
@@ -26,6 +27,31 @@ def compile_jinja(text: str) -> CompiledJinja:
     Raises:
         DataError: not valid Jinja, or absurdly long.
     """
+    import jinja2
+
+    if len(text) > MAX_TEMPLATE_CHARS:
+        raise DataError("the tokenizer's chat template is too long", where="template", found=f"{len(text)} characters")
+    try:
+        return _environment().from_string(text)
+    except jinja2.TemplateError as error:
+        raise DataError(
+            "the tokenizer's chat template is not valid Jinja",
+            where="template",
+            found=f"{error} (line {getattr(error, 'lineno', '?')})",
+            fix="name a template, such as template: chatml",
+        ) from error
+
+
+def jinja_variables(text: str) -> frozenset[str]:
+    """Names that a valid template may read without setting them itself, such as `enable_thinking`."""
+    from jinja2 import meta
+
+    return frozenset(meta.find_undeclared_variables(_environment().parse(text)))
+
+
+@cache
+def _environment() -> Environment:
+    """Jinja's sandbox with the names that transformers gives to chat templates."""
     import jinja2
     from jinja2 import nodes
     from jinja2.ext import Extension, loopcontrols
@@ -59,23 +85,13 @@ def compile_jinja(text: str) -> CompiledJinja:
             if isinstance(name, str) and name.startswith("_"):
                 raise jinja2.exceptions.SecurityError(f"a template may not store the private name {name!r}")
 
-    if len(text) > MAX_TEMPLATE_CHARS:
-        raise DataError("the tokenizer's chat template is too long", where="template", found=f"{len(text)} characters")
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, loopcontrols]
     )
     environment.filters["tojson"] = _to_json
     own: dict[str, Any] = {"raise_exception": _refuse, "strftime_now": _now, "namespace": GuardedNamespace}
     environment.globals.update(own)
-    try:
-        return environment.from_string(text)
-    except jinja2.TemplateError as error:
-        raise DataError(
-            "the tokenizer's chat template is not valid Jinja",
-            where="template",
-            found=f"{error} (line {getattr(error, 'lineno', '?')})",
-            fix="name a template, such as template: chatml",
-        ) from error
+    return environment
 
 
 def run_jinja(compiled: CompiledJinja, variables: dict[str, Any]) -> str:

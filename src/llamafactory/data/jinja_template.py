@@ -13,12 +13,13 @@ from typing import Any
 
 from llamafactory.data.answer_span import AnswerSpan, Rendered, find_answer
 from llamafactory.data.encode import clean_backend, special_token_pattern
-from llamafactory.data.jinja_environment import RefusedByTemplateError, compile_jinja, run_jinja
+from llamafactory.data.jinja_environment import RefusedByTemplateError, compile_jinja, jinja_variables, run_jinja
 from llamafactory.data.jinja_messages import MessageStyle, as_dicts, find_style, row_texts, write_tools_as_text
 from llamafactory.data.literal_spans import find_literal_spans, mark_content
 from llamafactory.data.row_error import RowError
 from llamafactory.data.tool_formats import ToolFormat, find_tool_format
 from llamafactory.data.types import Conversation, Message, Segment, Turn
+from llamafactory.extras.errors import DataError
 from llamafactory.extras.log import note, warn
 
 _TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
@@ -37,7 +38,13 @@ class JinjaTemplate:
     """A `Template` that writes what the tokenizer's `apply_chat_template` writes."""
 
     def __init__(
-        self, jinja: str, tokenizer: Any, *, default_system: str | None = None, enable_thinking: bool | None = True
+        self,
+        jinja: str,
+        tokenizer: Any,
+        *,
+        default_system: str | None = None,
+        enable_thinking: bool | None = None,
+        preserve_thinking: bool = False,
     ) -> None:
         """Compile the template and find out which shape of messages it wants.
 
@@ -45,17 +52,24 @@ class JinjaTemplate:
             jinja: the template's text.
             tokenizer: where the special tokens come from.
             default_system: system text for conversations without one; None: the template decides.
-            enable_thinking: False is passed on to the template; None and True leave its default.
+            enable_thinking: passed on to the template; None is not, so that the template decides.
+            preserve_thinking: passed on to the template if True.
 
         Raises:
-            DataError: not valid Jinja.
+            DataError: not valid Jinja, or a template that does not know `preserve_thinking`.
         """
         self._compiled = compile_jinja(jinja)
+        known = jinja_variables(jinja)
         self._variables: dict[str, Any] = {
             key: str(value) for key in _TOKENS if (value := getattr(tokenizer, key, None)) is not None
         }
-        if enable_thinking is False:
-            self._variables["enable_thinking"] = False
+        if enable_thinking is not None:
+            self._variables["enable_thinking"] = enable_thinking
+            if "enable_thinking" not in known:
+                note("the tokenizer's chat template does not know enable_thinking, so it has no effect", once=True)
+        if preserve_thinking:
+            _require_preserve_thinking(known)
+            self._variables["preserve_thinking"] = True
         self._special = special_token_pattern(clean_backend(tokenizer))
         self._default_system = default_system
         self._style = find_style(self._try)
@@ -200,6 +214,16 @@ class JinjaTemplate:
                 "documents": None,
                 "add_generation_prompt": generation_prompt,
             },
+        )
+
+
+def _require_preserve_thinking(known: frozenset[str]) -> None:
+    if "preserve_thinking" not in known:
+        raise DataError(
+            "the tokenizer's own chat template decides this itself",
+            where="preserve_thinking",
+            found="preserve_thinking: true, and a template that does not know this variable",
+            fix="leave preserve_thinking out, or name a template",
         )
 
 

@@ -14,9 +14,9 @@ from llamafactory.data.encode import EncodedTurn, Encoder, assemble
 from llamafactory.data.order import split_order
 from llamafactory.data.records import RecordReader, chunked
 from llamafactory.data.registry import find_specs
-from llamafactory.data.render import render_turns
+from llamafactory.data.render import LEFT_OUT, REWRITTEN, mask_options, render_turns
 from llamafactory.data.row_error import RowError
-from llamafactory.data.types import Conversation, DatasetSpec, Example, MaskOptions, Template, Turn
+from llamafactory.data.types import Conversation, DatasetSpec, Example, Template, Turn
 from llamafactory.extras.errors import DataError
 from llamafactory.extras.log import note, warn
 from llamafactory.hparams.data import DataConfig
@@ -42,12 +42,14 @@ class PreparedData:
 class EncodedRow:
     """One row: its sequences before truncation, and the examples made of them.
 
-    Both are empty where no answer of the row carries loss.
+    Both are empty where no answer of the row carries loss. `num_left_out` counts answers that would be sequences of
+    their own, but for `rewritten_history: last`.
     """
 
     origin: str
     sequences: list[list[EncodedTurn]]
     examples: list[Example]
+    num_left_out: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,14 +128,16 @@ def _encode_dataset(
     reader = open_reader(spec, data, seed=seed)
     rows: list[list[Example]] = []
     lost: list[LostRow] = []
+    counts: Counter[str] = Counter()
     for row in encode_rows(reader, data, template, encoder):
+        counts.update({REWRITTEN: len(row.sequences) + row.num_left_out > 1, LEFT_OUT: row.num_left_out})
         kept, reason = keep_examples(row.examples, data, row.origin)
         if kept:
             rows.append(kept)
         else:
             lost.append(LostRow(dataset=spec.name, origin=row.origin, reason=reason, is_bad=False))
     lost = reader.lost + lost
-    report = _count(spec.name, reader, rows, lost)
+    report = _count(spec.name, reader, rows, lost, counts)
     _refuse_useless(spec, report, lost, data, output_dir)
     return _Encoded(rows=rows, report=report, lost=lost)
 
@@ -154,23 +158,24 @@ def encode_rows(reader: RecordReader, data: DataConfig, template: Template, enco
     Raises:
         DataError: unreadable data.
     """
-    mask = MaskOptions(train_on_prompt=data.train_on_prompt, mask_history=data.mask_history)
+    mask = mask_options(data)
     for chunk in chunked(iter(reader), _CHUNK_ROWS):
         sequences: list[Sequence[Turn]] = []
         owners: list[int] = []
         rows: dict[int, EncodedRow] = {}
         for number, (origin, record) in enumerate(chunk):
+            counts: Counter[str] = Counter()
             try:
-                turns = render_turns(_conversation(record), template, mask)
+                turns = render_turns(_conversation(record), template, mask, counts=counts)
             except RowError as error:
                 reader.lose(origin, error)
                 continue
-            rows[number] = EncodedRow(origin=origin, sequences=[], examples=[])
+            rows[number] = EncodedRow(origin=origin, sequences=[], examples=[], num_left_out=counts[LEFT_OUT])
             sequences += turns
             owners += [number] * len(turns)
         for number, turns in zip(owners, encoder.encode(sequences), strict=True):
             rows[number].sequences.append(turns)
-            rows[number].examples.append(assemble(turns, data.cutoff_len, keep_last=data.mask_history))
+            rows[number].examples.append(assemble(turns, data.cutoff_len, keep_last=mask.is_last_only))
         yield from rows.values()
 
 
@@ -213,7 +218,13 @@ def keep_examples(examples: Sequence[Example], data: DataConfig, origin: str) ->
     return kept, NO_TARGET if fitting or not examples else TOO_LONG
 
 
-def _count(name: str, reader: RecordReader, rows: Sequence[list[Example]], lost: Iterable[LostRow]) -> DatasetReport:
+def _count(
+    name: str,
+    reader: RecordReader,
+    rows: Sequence[list[Example]],
+    lost: Iterable[LostRow],
+    counts: Mapping[str, int],
+) -> DatasetReport:
     examples = _flat(rows)
     return DatasetReport(
         name=name,
@@ -226,6 +237,8 @@ def _count(name: str, reader: RecordReader, rows: Sequence[list[Example]], lost:
         num_tokens=sum(len(example) for example in examples),
         num_supervised_tokens=sum(example.num_supervised for example in examples),
         fingerprint=reader.fingerprint,
+        num_rewritten=counts[REWRITTEN],
+        num_left_out=counts[LEFT_OUT],
     )
 
 

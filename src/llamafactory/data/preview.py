@@ -53,12 +53,16 @@ class ShownExample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShownRow:
-    """One row; several examples where the template rewrites history. `reason` says why none of them is used."""
+    """One row; several examples where the template rewrites history. `reason` says why none of them is used.
+
+    `num_left_out` counts answers that `rewritten_history: last` leaves out.
+    """
 
     dataset: str
     origin: str
     examples: tuple[ShownExample, ...]
     reason: str = ""
+    num_left_out: int = 0
 
 
 def preview_rows(
@@ -97,12 +101,18 @@ def preview_rows(
             show_example(
                 example,
                 backend,
-                cuts=cut_places(turns, data.cutoff_len, keep_last=data.mask_history),
+                cuts=cut_places(turns, data.cutoff_len, keep_last=data.answers_trained == "last"),
                 is_used=id(example) in used,
             )
             for turns, example in zip(row.sequences, row.examples, strict=True)
         ]
-        yield ShownRow(dataset=spec.name, origin=row.origin, examples=tuple(shown), reason="" if kept else reason)
+        yield ShownRow(
+            dataset=spec.name,
+            origin=row.origin,
+            examples=tuple(shown),
+            reason="" if kept else reason,
+            num_left_out=row.num_left_out,
+        )
     yield from reader.lost
 
 

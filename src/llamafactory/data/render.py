@@ -5,17 +5,38 @@ The template writes the text; here the masking options and the marks of single m
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
 from llamafactory.data.types import Conversation, MaskOptions, Message, Segment, Template, Turn
 from llamafactory.extras.errors import DataError
+from llamafactory.hparams.data import DataConfig
+
+REWRITTEN, LEFT_OUT = "conversations with rewritten history", "answers left out"
+"""What `render_turns` counts."""
 
 
-def render_turns(conversation: Conversation, template: Template, mask: MaskOptions) -> list[tuple[Turn, ...]]:
+def mask_options(data: DataConfig) -> MaskOptions:
+    """The masking options of a configuration."""
+    return MaskOptions(
+        train_on=data.answers_trained, train_on_prompt=data.train_on_prompt, rewritten_history=data.rewritten_history
+    )
+
+
+def render_turns(
+    conversation: Conversation, template: Template, mask: MaskOptions, *, counts: Counter[str] | None = None
+) -> list[tuple[Turn, ...]]:
     """The training sequences of a conversation: usually one, or one an answer where the template rewrites history.
 
     Sequences without any trainable segment are left out.
+
+    Args:
+        conversation: what is rendered.
+        template: writes the text.
+        mask: what carries loss.
+        counts: where it is counted that a conversation has more than one sequence (`REWRITTEN`), and answers that
+            `rewritten_history: last` leaves out (`LEFT_OUT`).
 
     Raises:
         DataError: `train_on_prompt` with a template that rewrites history (prompts would be trained again and again).
@@ -33,15 +54,18 @@ def render_turns(conversation: Conversation, template: Template, mask: MaskOptio
         tuple(_mark(turn, conversation, mask, is_last=turn.message_index == last) for turn in turns)
         for turns in sequences
     ]
-    return [turns for turns in marked if any(s.trainable for turn in turns for s in (*turn.prompt, *turn.answer))]
+    kept = [turns for turns in marked if any(s.trainable for turn in turns for s in (*turn.prompt, *turn.answer))]
+    used = kept[-1:] if mask.rewritten_history == "last" else kept
+    if counts is not None and len(kept) > 1:
+        counts.update({REWRITTEN: 1, LEFT_OUT: len(kept) - len(used)})
+    return used
 
 
 def _mark(turn: Turn, conversation: Conversation, mask: MaskOptions, *, is_last: bool) -> Turn:
     message = conversation.messages[turn.message_index]
     prompt = _on(turn.prompt) if mask.train_on_prompt else turn.prompt
-    return replace(
-        turn, prompt=prompt, answer=_answer(turn.answer, message, is_masked=mask.mask_history and not is_last)
-    )
+    is_wanted = {"all": True, "last": is_last, "tool_calls": bool(message.tool_calls)}[mask.train_on]
+    return replace(turn, prompt=prompt, answer=_answer(turn.answer, message, is_masked=not is_wanted))
 
 
 def _answer(answer: Sequence[Segment], message: Message, *, is_masked: bool) -> tuple[Segment, ...]:

@@ -25,8 +25,8 @@ _SPEC = DatasetSpec(
 )
 
 
-def read_line(line: str, origin: str) -> tuple[Conversation, bool | None]:
-    """The conversation in a line, and its `enable_thinking` (true where the line does not say, as in a config).
+def read_line(line: str, origin: str, *, default_thinking: bool | None = True) -> tuple[Conversation, bool | None]:
+    """The conversation in a line, and its `enable_thinking`, or the default of that where the line does not say.
 
     Raises:
         RowError: not JSON, an unknown key, or a rule of the OpenAI form is broken.
@@ -41,7 +41,7 @@ def read_line(line: str, origin: str) -> tuple[Conversation, bool | None]:
         raise RowError("the line is not an object", field="line", found=describe(row), expected=expected)
     if unknown := [key for key in row if key not in _KEYS]:
         raise RowError("unknown key", field=unknown[0], found=describe(row), expected=", ".join(_KEYS))
-    thinking = row.get("enable_thinking", True)
+    thinking = row.get("enable_thinking", default_thinking)
     if thinking is not None and not isinstance(thinking, bool):
         raise RowError(
             "not a boolean", field="enable_thinking", found=describe(thinking), expected="true, false or null"
@@ -49,18 +49,25 @@ def read_line(line: str, origin: str) -> tuple[Conversation, bool | None]:
     return cast(Conversation, openai.read_row(row, _SPEC, origin)), thinking
 
 
-def render_line(line: str, origin: str, find_template: Callable[[bool | None], Template]) -> list[list[TextPart]]:
+def render_line(
+    line: str,
+    origin: str,
+    find_template: Callable[[bool | None], Template],
+    *,
+    default_thinking: bool | None = True,
+) -> list[list[TextPart]]:
     """The training sequences of a line's conversation: usually one; one an answer where history is rewritten.
 
     Args:
         line: JSON.
         origin: where the line came from.
         find_template: the template for a value of `enable_thinking`.
+        default_thinking: that value where the line has none.
 
     Raises:
         RowError: see `read_line`, or the template refuses the conversation.
     """
-    conversation, thinking = read_line(line, origin)
+    conversation, thinking = read_line(line, origin, default_thinking=default_thinking)
     sequences = render_turns(conversation, find_template(thinking), MaskOptions())
     if not sequences:
         raise RowError("no answer carries loss", field="messages", found="train or weight marks", expected="an answer")

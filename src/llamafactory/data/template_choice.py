@@ -43,17 +43,18 @@ def build_template(
         name: a name, `auto`, or None.
         tokenizer: a transformers tokenizer.
         default_system: system text of conversations that have none; None: the template's own.
-        enable_thinking: False asks the template for answers without a thought; None and True leave the template's way.
+        enable_thinking: True asks the template for answers with a thought, False for answers without; None: neither.
         tool_format: syntax of tool calls of a named template; None: the template's own.
-        preserve_thinking: a named template keeps the thoughts of past turns before a new answer.
+        preserve_thinking: thoughts of past turns stay before a new answer.
         strips_history: a named template leaves thoughts of past turns out in training, too (see `NamedTemplate`).
 
     Raises:
-        DataError: an unknown name, `auto` with a tokenizer that has no chat template, or with an option of named ones.
+        DataError: an unknown name, `auto` with a tokenizer that has no chat template, or an option that the template
+            does not know.
     """
     jinja = tokenizer_jinja(tokenizer)
     if name in (None, "auto"):
-        _refuse_named_options(tool_format=tool_format, preserve_thinking=preserve_thinking or None)
+        _refuse_named_options(tool_format=tool_format)
         if jinja is None:
             raise DataError(
                 "the tokenizer has no chat template",
@@ -62,7 +63,13 @@ def build_template(
                 expected="the name of a template",
                 fix="set template: chatml for a base model that you teach to chat, or template: default",
             )
-        return JinjaTemplate(jinja, tokenizer, default_system=default_system, enable_thinking=enable_thinking)
+        return JinjaTemplate(
+            jinja,
+            tokenizer,
+            default_system=default_system,
+            enable_thinking=enable_thinking,
+            preserve_thinking=preserve_thinking,
+        )
     template = NamedTemplate(
         record=find_record(name),
         bos=tokenizer.bos_token or "",
@@ -87,8 +94,8 @@ def template_of(data: DataConfig, tokenizer: Any) -> Template:
     """The template that a configuration asks for; the same one in training, chat and the data commands.
 
     Args:
-        data: names the template and its options. With `mask_history` only last answers are trained, so a template of a
-            reasoning model leaves the thoughts of past turns out, as inference does.
+        data: names the template and its options. With `train_on: last` only last answers are trained, so a template of
+            a reasoning model leaves the thoughts of past turns out, as inference does.
         tokenizer: a transformers tokenizer.
     """
     return build_template(
@@ -98,7 +105,7 @@ def template_of(data: DataConfig, tokenizer: Any) -> Template:
         enable_thinking=data.enable_thinking,
         tool_format=data.tool_format,
         preserve_thinking=data.preserve_thinking,
-        strips_history=data.mask_history and data.template not in (None, "auto"),
+        strips_history=data.answers_trained == "last" and data.template not in (None, "auto"),
     )
 
 

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
+TrainOn: TypeAlias = Literal["all", "last", "tool_calls"]
+RewrittenHistory: TypeAlias = Literal["split", "last"]
 IGNORE_INDEX = -100
 """Label of a position that is not supervised (the value that torch's cross-entropy ignores)."""
 
@@ -137,10 +139,23 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MaskOptions:
-    """Which turns of a conversation carry loss."""
+    """Which turns of a conversation carry loss.
 
+    Attributes:
+        train_on: all answers, the last one, or those that call tools; marks of single messages beat it.
+        train_on_prompt: prompts carry loss too.
+        rewritten_history: where one rendering is not what inference sees for every answer: `split` makes a sequence of
+            each answer, `last` keeps only the last one of them.
+    """
+
+    train_on: TrainOn = "all"
     train_on_prompt: bool = False
-    mask_history: bool = False
+    rewritten_history: RewrittenHistory = "split"
+
+    @property
+    def is_last_only(self) -> bool:
+        """Whether only the last answer of a conversation is trained."""
+        return self.train_on == "last"
 
 
 class Template(Protocol):

@@ -105,18 +105,21 @@ def check_val_size(config: RunConfig) -> Problem | None:
     return None
 
 
-def check_loss_mask(config: RunConfig) -> Problem | None:
-    """Loss on prompts and loss on the last answer alone exclude each other."""
-    if not (config.data.mask_history and config.data.train_on_prompt):
-        return None
-    return Problem(key="mask_history", message="cannot be combined with train_on_prompt", fix="remove one of the two")
+def check_loss_mask(config: RunConfig) -> Iterator[Problem]:
+    """Loss on prompts and loss on some answers only exclude each other, and there is one choice of answers."""
+    data = config.data
+    if data.mask_history and data.train_on not in (None, "last"):
+        yield Problem(key="train_on", message="mask_history means train_on: last", fix="remove one of the two")
+    elif data.answers_trained != "all" and data.train_on_prompt:
+        key = "mask_history" if data.mask_history else "train_on"
+        yield Problem(key=key, message="cannot be combined with train_on_prompt", fix="remove one of the two")
 
 
 def check_sft_only(config: RunConfig) -> Iterator[Problem]:
     """Options of supervised fine-tuning beside another stage."""
     if config.train.stage == "sft" or config.command != "train":
         return
-    for key in ("train_on_prompt", "mask_history", "neat_packing"):
+    for key in ("train_on_prompt", "mask_history", "train_on", "neat_packing"):
         if getattr(config.data, key):
             yield Problem(key=key, message=f"only for stage sft, not {config.train.stage}", fix="remove this key")
 

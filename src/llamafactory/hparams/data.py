@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
+
+from pydantic import model_validator
 
 from llamafactory.hparams.section import Section, option
 
@@ -34,16 +36,31 @@ class DataConfig(Section):
     template: str | None = option(None, "Chat template; null or auto takes the tokenizer's own.", group=_TEMPLATE)
     default_system: str | None = option(None, "System text where a row has none.", group=_TEMPLATE)
     enable_thinking: bool | None = option(
-        True, "Reasoning models: true trains thoughts, false trains without, null as the rows are.", group=_TEMPLATE
+        True,
+        "Reasoning models: true trains thoughts, false trains without, null as the rows are. The tokenizer's own "
+        "template is given true or false where that is set, and nothing where it is null or left out.",
+        group=_TEMPLATE,
     )
     preserve_thinking: bool = option(
-        False, "A named template keeps the thoughts of past turns before a new answer.", group=_TEMPLATE
+        False, "Keep the thoughts of past turns before a new answer, where the template can.", group=_TEMPLATE
     )
     tool_format: str | None = option(
         None, "Syntax of tool calls of a named template; null takes the template's own.", group=_TEMPLATE
     )
     train_on_prompt: bool = option(False, "Prompts carry loss too.", group=_LOSS)
-    mask_history: bool = option(False, "Only the last answer carries loss.", group=_LOSS)
+    mask_history: bool = option(False, "Only the last answer carries loss; the same as train_on: last.", group=_LOSS)
+    train_on: Literal["all", "last", "tool_calls"] | None = option(
+        None,
+        "Answers that carry loss: all, the last, or those that call tools; null: all, or the last with mask_history. "
+        "train and weight marks of single messages beat it.",
+        group=_LOSS,
+    )
+    rewritten_history: Literal["split", "last"] = option(
+        "split",
+        "Where a template writes earlier answers otherwise than they were generated: split makes a sequence of each "
+        "answer, last trains only the last one.",
+        group=_LOSS,
+    )
     cutoff_len: int = option(2048, "Longest example, in tokens.", group=_BATCH, ge=8)
     overlong: Literal["truncate", "drop", "error"] = option(
         "truncate", "What happens to an example longer than cutoff_len.", group=_BATCH
@@ -54,3 +71,16 @@ class DataConfig(Section):
     neat_packing: bool = option(
         False, "Packed examples never see each other (always so here); turns packing on.", group=_BATCH
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_thinking_to_the_tokenizer(cls, values: Any) -> Any:
+        """Without a word on thinking, the tokenizer's own template is told nothing either, as servers do."""
+        if isinstance(values, dict) and cast("dict[str, Any]", values).get("template") in (None, "auto"):
+            return {"enable_thinking": None, **values}
+        return values
+
+    @property
+    def answers_trained(self) -> Literal["all", "last", "tool_calls"]:
+        """`train_on`, with what `mask_history` says where that is null."""
+        return self.train_on or ("last" if self.mask_history else "all")

@@ -77,6 +77,7 @@ _RULES: tuple[_Rule, ...] = (
     (_is("chat"), tuple(ExportConfig.model_fields), "only read by the command export"),
     (_is("chat"), _TRAIN_KEYS, "only read by the command train"),
     (_is("export"), _TRAIN_KEYS, "only read by the command train"),
+    (lambda c: c.data.answers_trained == "last", ("rewritten_history",), "only the last answer is trained"),
     (_is("export"), tuple(GenerationConfig.model_fields), "only read by the command chat"),
     (_no_training, _STEP_KEYS, "do_train is off"),
     (lambda c: c.train.optim in {"sgd", "adafactor"}, _OPTIM_KEYS, "only for the AdamW optimizers"),
