@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
 TrainOn: TypeAlias = Literal["all", "last", "tool_calls"]
 RewrittenHistory: TypeAlias = Literal["split", "last"]
+ViewName: TypeAlias = Literal["sft", "pairs", "feedback", "text", "prompts"]
+"""How a stage reads rows, see `views`."""
 IGNORE_INDEX = -100
 """Label of a position that is not supervised (the value that torch's cross-entropy ignores)."""
 

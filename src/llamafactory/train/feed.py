@@ -10,6 +10,7 @@ import numpy as np
 
 from llamafactory.data.batch import Batch
 from llamafactory.data.collate import collate_flat, collate_padded
+from llamafactory.data.table import Examples
 from llamafactory.data.types import IGNORE_INDEX, Example
 from llamafactory.train.windows import Item, Schedule
 
@@ -34,13 +35,13 @@ class Feed:
     """Turns a schedule over examples into batches.
 
     Attributes:
-        examples: what the schedule's items point into.
+        examples: what the schedule's items point into; `offsets` and `flags` say what belongs together.
         schedule: which items make up which step.
         layout: flat or padded.
         pad_id: token id that fills padded rows.
     """
 
-    examples: Sequence[Example]
+    examples: Examples
     schedule: Schedule
     layout: Literal["flat", "padded"]
     pad_id: int

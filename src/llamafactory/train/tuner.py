@@ -31,12 +31,14 @@ def run_exp(cfg: RunConfig) -> RunResult:
     from llamafactory.model.plan import plan_training
     from llamafactory.train import build, finish
     from llamafactory.train.loop import fit
+    from llamafactory.train.stage import load_stage
 
     tokenizer, template = build.load_text(cfg)
     data = prepare_data(
         cfg.data,
         template,
         tokenizer,
+        view=load_stage(cfg.train.stage).view,
         seed=build.data_seed(cfg),
         for_training=cfg.train.do_train,
         output_dir=claim.output_dir if log.is_main_process() else None,
