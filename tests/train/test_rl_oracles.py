@@ -62,7 +62,12 @@ CASES: list[tuple[str, str, GroupRules, dict[str, Any] | None]] = [
     ),
     ("grpo", "dr_grpo", GroupRules(average="limit"), {"loss_type": "dr_grpo"}),
     ("grpo", "dapo", GroupRules(average="token", high=0.28), {"loss_type": "dapo", "epsilon_high": 0.28}),
-    ("grpo", "gspo", GroupRules(ratio="mean", low=3e-4, high=4e-4), {"importance_sampling_level": "sequence", "epsilon_low": 3e-4, "epsilon_high": 4e-4}),
+    (
+        "grpo",
+        "gspo",
+        GroupRules(ratio="mean", low=3e-4, high=4e-4),
+        {"importance_sampling_level": "sequence", "epsilon_low": 3e-4, "epsilon_high": 4e-4},
+    ),
     ("grpo", "gspo, wide clip", GroupRules(ratio="mean"), {"importance_sampling_level": "sequence"}),
     ("grpo", "rloo", GroupRules(ratio="sum"), {"rloo": True}),
 ]  # fmt: skip
@@ -85,8 +90,8 @@ def by_trl(case: Case, changes: dict[str, Any]) -> torch.Tensor:
         gather=lambda x: x, reduce=lambda x, reduction: x, num_processes=1, device=torch.device("cpu")
     )
     options: dict[str, Any] = {
-        "loss_type": "grpo", "importance_sampling_level": "token", "epsilon_low": 0.2, "epsilon_high": 0.2, "beta": 0.0,
-        "use_vllm": False, "vllm_importance_sampling_correction": False, "top_entropy_quantile": 1.0,
+        "loss_type": "grpo", "importance_sampling_level": "token", "epsilon_low": 0.2, "epsilon_high": 0.2,
+        "beta": 0.0, "use_vllm": False, "vllm_importance_sampling_correction": False, "top_entropy_quantile": 1.0,
         "off_policy_mask_threshold": None, "_entropy_bonus_enabled": False, "aux_loss_enabled": False,
         "current_gradient_accumulation_steps": 1, "max_completion_length": LIMIT, "accelerator": accelerator,
         "args": SimpleNamespace(delta=None, use_bias_correction_kl=False, steps_per_generation=1),
@@ -99,10 +104,11 @@ def by_trl(case: Case, changes: dict[str, Any]) -> torch.Tensor:
     prompt = torch.zeros(len(case.lengths), 1, dtype=torch.long)
     ratio = torch.exp(case.table(case.old) - case.table(case.sampler)).clamp(max=2.0)
     inputs = {
-        "prompt_ids": prompt, "prompt_mask": prompt + 1, "completion_ids": torch.zeros(len(case.lengths), LIMIT).long(),
-        "completion_mask": case.mask(), "advantages": case.advantages, "old_per_token_logps": case.table(case.old),
+        "prompt_ids": prompt, "prompt_mask": prompt + 1, "completion_mask": case.mask(),
+        "completion_ids": torch.zeros(len(case.lengths), LIMIT).long(), "advantages": case.advantages,
+        "old_per_token_logps": case.table(case.old), "old_logps": case.table(case.old).sum(1),
         "ref_per_token_logps": case.table(case.reference), "num_items_in_batch": case.mask().sum(),
-        "importance_sampling_ratio": ratio, "old_logps": case.table(case.old).sum(1),
+        "importance_sampling_ratio": ratio,
     }  # fmt: skip
     return (RLOOTrainer if is_rloo else GRPOTrainer)._compute_loss(trainer, None, inputs)
 
@@ -166,8 +172,13 @@ def test_masked_answers_carry_no_loss_and_no_gradient() -> None:
 
 @pytest.mark.parametrize(
     ("name", "baseline", "spread"),
-    [("advantages grpo", "group", "group"), ("advantages dr_grpo", "group", "none"), ("advantages rloo", "others", "none"), ("advantages by step", "group", "step")],
-)  # fmt: skip
+    [
+        ("advantages grpo", "group", "group"),
+        ("advantages dr_grpo", "group", "none"),
+        ("advantages rloo", "others", "none"),
+        ("advantages by step", "group", "step"),
+    ],
+)
 def test_group_advantages_equal_trl_and_the_papers(name: str, baseline: Any, spread: Any) -> None:
     rewards = Case().rewards
     found = rl.group_advantages(rewards, baseline=baseline, spread=spread, step_moments=rl.moments(rewards))
@@ -279,10 +290,10 @@ def test_table_is_written() -> None:
     lines = [
         "# How exact the losses of reinforcement learning are",
         "",
-        "Each loss is computed in float32 on the same random batch by this project, by the installed TRL (1.16) and by "
-        "a plain\ntranscription of the paper's formula. The numbers are the largest absolute difference over the loss "
-        'and its gradient\nby every token\'s log-probability; the tests allow 1e-6 (GAE 2e-6). "none": TRL has no '
-        "such function.",
+        "Each loss is computed in float32 on the same random batch by this project, by the installed TRL (1.16) and",
+        "by a plain transcription of the paper's formula. The numbers are the largest absolute difference over the",
+        'loss and its gradient by every token\'s log-probability; the tests allow 1e-6 (GAE 2e-6). "none": TRL has',
+        "no such function.",
         "",
         "Written by `WRITE_LOSS_ORACLES=1 pytest tests/train/test_rl_oracles.py`.",
         "",

@@ -47,7 +47,7 @@ def group_advantages(rewards: Tensor, *, baseline: Baseline, spread: Spread, ste
 
 
 def is_flat(rewards: Tensor) -> Tensor:
-    """Which groups of `[prompts, group]` rewards teach nothing, because all answers earn the same: bool `[prompts]`."""
+    """Which groups of `[prompts, group]` rewards teach nothing, all answers earning the same: bool `[prompts]`."""
     return (rewards.amax(dim=1) - rewards.amin(dim=1)) <= 1e-8
 
 
