@@ -87,7 +87,7 @@ def torchrun_command(
 def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """The environment of torchrun; OPTIM_TORCH, on by default, adds settings that save GPU memory."""
     added = _TORCH_SETTINGS if is_on(environ.get("OPTIM_TORCH", "1")) else {}
-    return {**added, **environ}
+    return {"TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGQUIT", **added, **environ}  # a closed terminal: go on
 
 
 def find_free_port() -> int:
@@ -134,10 +134,12 @@ def _run_child(command: Sequence[str], environment: Mapping[str, str], output_di
 
     def note_and_pass_on(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        if number == signal.SIGTERM:
-            child.send_signal(number)
+        if number != signal.SIGINT:
+            child.send_signal(signal.SIGTERM)
 
-    before = {number: signal.signal(number, note_and_pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    names = ("SIGTERM", "SIGINT", "SIGUSR1")
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    before = {number: signal.signal(number, note_and_pass_on) for number in numbers}
     try:
         code = child.wait()
     finally:
@@ -146,7 +148,7 @@ def _run_child(command: Sequence[str], environment: Mapping[str, str], output_di
     summary = _interruption(output_dir) if output_dir and received and code else None
     if summary:
         print(summary, file=sys.stderr)
-        return 128 + received[0]
+        return 130 if received[0] == signal.SIGINT else 143
     return code if code >= 0 else 128 - code
 
 
@@ -163,10 +165,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """What each process of torchrun runs."""
     from llamafactory.extras.errors import LlamaFactoryError
     from llamafactory.python_api import load_config, run_exp
+    from llamafactory.train.signals import StopRequest, StopSignal
 
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        return run_exp(load_config(words)).exit_code
+        with StopRequest():
+            return run_exp(load_config(words)).exit_code
+    except StopSignal as stopped:
+        return stopped.exit_code
     except LlamaFactoryError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

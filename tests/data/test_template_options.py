@@ -94,8 +94,9 @@ def test_thinking_options_reach_the_template() -> None:
     assert joined(closed.render_prompt(talk)).endswith("<think>\n\n</think>\n\n")
     kept: Any = build_template("qwen3", Bare(), preserve_thinking=True)
     assert "One." in joined(kept.render_prompt(talk))
-    [turns] = kept.render(dialogue("a", "<think>\nOne.\n</think>\n\n1", "b", "2"))
-    assert "One." in joined(turns[0].answer)
+    stripped: Any = build_template("qwen3", Bare(), strips_history=True)
+    [turns] = stripped.render(dialogue("a", "<think>\nOne.\n</think>\n\n1", "b", "2"))
+    assert "One." not in joined(turns[0].answer)
 
 
 @given(
@@ -114,7 +115,7 @@ def test_turns_joined_are_the_rendered_whole(
         eos="</s>",
         enable_thinking=choice,
         preserve_thinking=True,
-        is_bare=True,
+        adds_end=False,
     )
     [turns] = template.render(talk)
     tail = template.record.empty_thought if choice is False else ""

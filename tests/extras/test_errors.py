@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llamafactory.extras import log
-from llamafactory.extras.errors import ConfigError, DataError, LlamaFactoryError, Problem
+from llamafactory.extras.errors import ConfigError, DataError, LlamaFactoryError, Problem, SaveError
 from llamafactory.extras.secrets import MASK, is_secret_key, mask_text
 from llamafactory.extras.suggest import did_you_mean, near_matches
 
@@ -29,7 +29,7 @@ def test_a_data_error_shows_what_is_known() -> None:
 
 
 def test_exit_codes() -> None:
-    assert [kind.exit_code for kind in (LlamaFactoryError, ConfigError, DataError)] == [1, 2, 3]
+    assert [kind.exit_code for kind in (LlamaFactoryError, ConfigError, DataError, SaveError)] == [1, 2, 3, 74]
 
 
 @pytest.mark.parametrize(

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from llamafactory.extras.errors import LlamaFactoryError
-from llamafactory.train.checkpoint import (
-    RunState,
-    list_checkpoints,
-    load_state,
-    newest_checkpoint,
-    restore_training,
-    save_checkpoint,
-    verify_checkpoint,
-)
+from llamafactory.extras.errors import LlamaFactoryError, SaveError
+from llamafactory.train.checkpoint import random_state
+from llamafactory.train.checkpoint.folders import list_checkpoints, newest_checkpoint, point
+from llamafactory.train.checkpoint.manifest import find_fault
+from llamafactory.train.checkpoint.saver import Retention, SavePlan, Saver, publish, require_room
+from llamafactory.train.checkpoint.snapshot import Snapshot, restore_training
+from llamafactory.train.checkpoint.state import RunState, load_state
+from llamafactory.train.checkpoint.tensors import host_copy, optimizer_state
 
 STATE = RunState(
     run_id="a", step=3, epoch=0.5, scheduler={"last_epoch": 3, "_last_lr": [0.1]}, log_history=[{"loss": 1.5}],
@@ -45,11 +45,20 @@ def write_model(folder):
     (folder / "weights.safetensors").write_bytes(b"0123456789")
 
 
-def save(tmp_path, step=3, optimizer=None, limit=None, run_id="a"):
-    state = dataclasses.replace(STATE, step=step, run_id=run_id)
-    return save_checkpoint(
-        tmp_path, state, write_model=write_model, optimizer=optimizer or make_optimizer(), limit=limit
+def snapshot_of(state, optimizer=None, write=write_model):
+    return Snapshot(
+        state=state,
+        write_model=write,
+        optimizer=None if optimizer is None else optimizer_state(optimizer),
+        generators={f"0.{name}": tensor for name, tensor in random_state.Generators().tensors().items()},
     )
+
+
+def save(tmp_path, step=3, optimizer=None, limit=None, run_id="a", **changes):
+    state = dataclasses.replace(STATE, step=step, run_id=run_id, **changes)
+    retention = Retention(limit=limit, keeps_best=bool(state.best))
+    plan = SavePlan(output_dir=tmp_path, retention=retention)
+    return publish(plan, snapshot_of(state, optimizer or make_optimizer()))[0]
 
 
 def test_state_optimizer_and_random_numbers_come_back(tmp_path):
@@ -104,7 +113,7 @@ def test_damage_is_named_and_the_previous_checkpoint_is_used(tmp_path, name, dam
         target.unlink()
     else:
         target.write_bytes(content[:-1] if damage == "truncate" else content[:-1] + bytes([content[-1] ^ 1]))
-    assert name in (verify_checkpoint(newest) or "")
+    assert name in (find_fault(newest) or "")
     assert newest_checkpoint(tmp_path) == previous
     assert f"{newest} is not used: {name}" in capsys.readouterr().err
 
@@ -120,20 +129,107 @@ def test_no_checkpoint_at_all_is_not_an_error(tmp_path):
     assert newest_checkpoint(tmp_path) is None
 
 
-def test_a_failing_save_leaves_the_previous_checkpoint_and_no_half_folder(tmp_path):
-    save(tmp_path, step=3)
+def full_disk(folder):
+    (folder / "weights.safetensors").write_bytes(b"01")
+    raise OSError(28, "No space left on device")
 
-    def full_disk(folder):
-        (folder / "weights.safetensors").write_bytes(b"01")
-        raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError, match="No space left"):
-        save_checkpoint(
-            tmp_path, dataclasses.replace(STATE, step=4), write_model=full_disk, optimizer=make_optimizer(), limit=1
-        )
+@pytest.mark.parametrize("is_async", [True, False])
+def test_a_failing_save_leaves_the_previous_checkpoint_and_no_half_folder(tmp_path, is_async, capsys):
+    with Saver(SavePlan(output_dir=tmp_path, is_async=is_async)) as saver:
+        saver.save(snapshot_of(STATE, make_optimizer()))
+        saver.wait()
+        assert saver.failure is None
+        saver.save(snapshot_of(dataclasses.replace(STATE, step=4), make_optimizer(), write=full_disk))
+        saver.wait()
+        assert "checkpoint-4 could not be saved" in (saver.failure or "")
+        assert saver.last == tmp_path / "checkpoint-3"
+    assert "No space left on device; checkpoint-3 stays; training goes on" in capsys.readouterr().err
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-3"]
     assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
     assert not list(tmp_path.glob(".staging-*"))
+
+
+def test_a_mistake_in_the_writer_is_raised_in_the_main_thread(tmp_path):
+    def broken(folder):
+        raise TypeError("a mistake")
+
+    saver = Saver(SavePlan(output_dir=tmp_path))
+    saver.save(snapshot_of(STATE, make_optimizer(), write=broken))
+    with pytest.raises(TypeError, match="a mistake"):
+        saver.wait()
+
+
+def test_too_little_room_is_said_before_anything_is_written(tmp_path):
+    with pytest.raises(SaveError, match=r"needs 1,000,000,000,000 MB for a checkpoint, and .* MB are free"):
+        require_room(tmp_path, 10**18)
+
+
+def test_files_are_durable_before_the_name_and_the_name_before_old_ones_go(tmp_path, monkeypatch):
+    save(tmp_path, step=3)
+    events = []
+    fsync, rename, names = os.fsync, Path.rename, {}
+
+    def fsync_seen(descriptor):
+        events.append(("fsync", os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def rename_seen(path, target):
+        events.append(("rename", str(path), str(target)))
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", fsync_seen)
+    monkeypatch.setattr(Path, "rename", rename_seen)
+    folder = save(tmp_path, step=4, limit=1)
+    [renamed] = [place for place, event in enumerate(events) if event[0] == "rename" and event[2] == str(folder)]
+    staging = events[renamed][1]
+    names = [Path(event[1]).name for event in events[:renamed] if event[0] == "fsync"]
+    assert set(FILES) < set(names)
+    assert names[-2:] == ["MANIFEST.json", Path(staging).name]
+    assert events[renamed + 1] == ("fsync", str(tmp_path))
+    [removed] = [place for place, event in enumerate(events) if event[0] == "rename" and ".trash-" in event[2]]
+    assert removed > renamed + 1
+
+
+def test_the_best_checkpoint_outlives_the_limit(tmp_path):
+    best = {"metric": "eval_loss", "value": 1.0, "step": 1, "num_worse": 0}
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step=step, limit=2, best=best)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-4"]
+    assert os.readlink(tmp_path / "best") == "checkpoint-1"
+    assert os.readlink(tmp_path / "last") == "checkpoint-4"
+
+
+def test_a_folder_named_best_that_is_no_link_is_left_alone(tmp_path):
+    (tmp_path / "best").mkdir()
+    save(tmp_path)
+    point(tmp_path, "best", "checkpoint-3")
+    assert not (tmp_path / "best").is_symlink()
+
+
+def test_checkpoints_of_another_run_are_not_resumed(tmp_path, capsys):
+    save(tmp_path, step=1000, run_id="an older run")
+    ours = save(tmp_path, step=3)
+    assert newest_checkpoint(tmp_path, "a") == ours
+    assert "another run wrote it (an older run)" in capsys.readouterr().err
+
+
+def test_a_host_copy_keeps_what_is_shared_and_does_not_change_with_the_original():
+    weight = torch.ones(3)
+    frozen = torch.zeros(2)
+    copies = host_copy({"a": weight, "tied": weight, "base": frozen}, {frozen.data_ptr()})
+    weight.add_(1)
+    assert copies["a"].tolist() == [1, 1, 1]
+    assert copies["a"].data_ptr() == copies["tied"].data_ptr() != weight.data_ptr()
+    assert copies["base"].data_ptr() == frozen.data_ptr()
+
+
+def test_a_rank_that_was_not_there_keeps_its_own_random_state():
+    tensors = {f"0.{name}": tensor for name, tensor in random_state.Generators().tensors().items()}
+    before = torch.get_rng_state()
+    assert random_state.restore(tensors, 0)
+    assert not random_state.restore(tensors, 1)
+    assert torch.get_rng_state().equal(before)
 
 
 def test_the_limit_removes_own_checkpoints_only(tmp_path):
@@ -144,8 +240,8 @@ def test_the_limit_removes_own_checkpoints_only(tmp_path):
 
 
 def test_weights_alone_cannot_be_resumed(tmp_path):
-    folder = save_checkpoint(tmp_path, STATE, write_model=write_model, optimizer=None, limit=None)
-    assert verify_checkpoint(folder) is None
+    folder, _ = publish(SavePlan(output_dir=tmp_path), snapshot_of(STATE))
+    assert find_fault(folder) is None
     with pytest.raises(LlamaFactoryError, match="holds weights only"):
         restore_training(folder, make_optimizer())
 

@@ -80,7 +80,10 @@ def test_another_number_of_processes_is_refused(stopped, tmp_path):
     cfg = stopped()
     path = tmp_path / "out" / "run.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"num_processes": 3}))
-    with pytest.raises(ConfigError, match="a run of 3 processes, and this one has 1"):
+    with pytest.raises(
+        ConfigError,
+        match=r"12 rows a step \(3 processes x 4 rows x 1 accumulated\), and this one has 4 ",
+    ):
         run_exp(cfg)
 
 

@@ -127,7 +127,7 @@ def test_a_step_clips_to_the_given_norm_and_clears_the_gradient(accelerator, mod
     source = feed(make_examples(LENGTHS), per_device=8, accumulation=1)
     before = torch.cat([p.detach().flatten() for p in module.parameters() if p.requires_grad])
     accumulate(accelerator, module, source.window(0, 0))
-    norm = apply_gradient(accelerator, module, optimizer, 0.01)
+    norm, is_taken = apply_gradient(accelerator, module, optimizer, 0.01)
     after = torch.cat([p.detach().flatten() for p in module.parameters() if p.requires_grad])
     assert float(norm) > 0.01
     assert float((after - before).norm()) == pytest.approx(0.01, rel=1e-3)

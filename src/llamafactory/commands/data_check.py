@@ -27,9 +27,7 @@ def main(argv: list[str]) -> int:
 
     checked: list[CheckedDataset] = []
     for _, spec in inputs.datasets:
-        checked.append(
-            check_dataset(spec, inputs.data, inputs.template, inputs.tokenizer, seed=inputs.seed, view=inputs.view)
-        )
+        checked.append(check_dataset(spec, inputs.data, inputs.template, inputs.tokenizer, seed=inputs.seed))
         if "json" not in own:
             print("\n".join(render(checked[-1])))
     is_ok = not any(one.problems for one in checked)

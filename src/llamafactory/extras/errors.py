@@ -2,7 +2,8 @@
 
     LlamaFactoryError        exit code 1
     ├── ConfigError          exit code 2, carries every problem of a configuration at once
-    └── DataError            exit code 3, says what is wrong, where, what was found, what was expected
+    ├── DataError            exit code 3, says what is wrong, where, what was found, what was expected
+    └── SaveError            exit code 74 (EX_IOERR), what a run made could not be saved
 
 Any other exception is a mistake of this program and keeps its traceback.
 """
@@ -92,3 +93,9 @@ class DataError(LlamaFactoryError):
         head = f"{self.where}: {self.what}" if self.where else self.what
         details = (("found", self.found), ("expected", self.expected), ("fix", self.fix))
         return "\n".join([head, *(f"    {name + ':':<10}{text}" for name, text in details if text)])
+
+
+class SaveError(LlamaFactoryError):
+    """What a run made could not be written; the message says what is safe all the same."""
+
+    exit_code = 74

@@ -12,10 +12,15 @@ from typing import Any
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """Writes JSON so that a reader never sees half a file."""
+    """Writes JSON so that a reader never sees half a file, not even after a loss of power."""
     staging = path.with_name(f".{path.name}.{os.getpid()}")
-    staging.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    staging.replace(path)
+    try:
+        staging.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        fsync(staging)
+        staging.replace(path)
+    except BaseException:
+        staging.unlink(missing_ok=True)
+        raise
 
 
 def sha256_of(path: Path) -> str:

@@ -46,4 +46,16 @@ def _say(level: str, prefix: str, message: str, *, once: bool) -> None:
         if message in _said_once:
             return
         _said_once.add(message)
-    print(prefix + message.replace("\n", "\n" + " " * len(prefix)), file=sys.stderr, flush=True)
+    try:
+        print(prefix + message.replace("\n", "\n" + " " * len(prefix)), file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        go_silent()
+
+
+def go_silent() -> None:
+    """Sends everything meant for people into nothing: the terminal or pipe is gone, and that must not stop a run."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    except OSError:
+        pass
+    sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  for the rest of the process

@@ -87,6 +87,16 @@ def check_data_for_evaluation(config: RunConfig) -> Problem | None:
     )
 
 
+def check_best_evaluation(config: RunConfig) -> Iterator[Problem]:
+    """The best evaluation needs evaluations."""
+    train = config.train
+    if config.command != "train" or not train.do_train or train.eval_strategy != "no":
+        return
+    for key in ("load_best_model_at_end", "early_stopping_steps"):
+        if getattr(train, key):
+            yield Problem(key=key, message="there is no evaluation while training", fix="eval_strategy: epoch")
+
+
 def check_val_size(config: RunConfig) -> Problem | None:
     """`val_size` holds rows out of `dataset`; it cannot be combined with `eval_dataset`."""
     size = config.data.val_size
@@ -234,6 +244,7 @@ CHECKS = (
     check_data_for_training,
     check_data_to_look_at,
     check_data_for_evaluation,
+    check_best_evaluation,
     check_val_size,
     check_loss_mask,
     check_sft_only,

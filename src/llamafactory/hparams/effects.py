@@ -71,6 +71,8 @@ _STEP_KEYS = (
     "plot_loss",
 )
 
+_BEST_KEYS = ("metric_for_best_model", "greater_is_better")
+
 _RULES: tuple[_Rule, ...] = (
     (_is("train"), tuple(ExportConfig.model_fields), "only read by the command export"),
     (_is("train"), (*GenerationConfig.model_fields, "infer_dtype", "use_kv_cache"), "only read by the command chat"),
@@ -86,6 +88,7 @@ _RULES: tuple[_Rule, ...] = (
     (lambda c: c.train.save_strategy != "steps", ("save_steps",), "save_strategy is not steps"),
     (lambda c: c.train.save_strategy == "no", ("save_total_limit", "save_only_model"), "save_strategy is no"),
     (lambda c: c.train.eval_strategy != "steps", ("eval_steps",), "eval_strategy is not steps"),
+    (lambda c: c.train.eval_strategy == "no", _BEST_KEYS, "eval_strategy is no"),
     (lambda c: not c.data.eval_dataset, ("eval_on_each_dataset",), "eval_dataset is not set"),
     (lambda c: not (c.data.dataset or c.data.eval_dataset), ("max_samples",), "no data set is set"),
     (lambda c: not c.model.adapter_name_or_path, ("adapter_folder",), "adapter_name_or_path is not set"),

@@ -86,12 +86,45 @@ class TrainConfig(Section):
     save_only_model: bool = option(
         False, "Checkpoints without optimizer; such a run cannot be resumed.", group=_OUTPUT
     )
+    async_save: bool | None = option(
+        None, "Write checkpoints while training goes on; null does so where memory has room for a copy.", group=_OUTPUT
+    )
+    verify_after_save: bool = option(
+        False, "Read every checkpoint back and compare hashes before an older one goes.", group=_OUTPUT
+    )
+    save_grace: float = option(
+        30, "Seconds from a signal that stops the run until the save must have begun.", group=_OUTPUT, gt=0
+    )
+    allow_change: tuple[str, ...] = option(
+        (), "Keys that may differ from those of the run that is continued; data lets the rows differ.", group=_OUTPUT
+    )
+    rerun_of: str | None = option(
+        None, "A run.json that this run repeats: what differs in rows and versions is said.", group=_OUTPUT
+    )
+    on_nan: str = option(
+        "stop",
+        "What a loss or gradient that is not finite does: stop, or skip:N to leave out up to N such steps.",
+        group=_OPTIM,
+        pattern=r"^(stop|skip:[1-9][0-9]*)$",
+    )
 
     eval_strategy: Literal["no", "steps", "epoch"] = option("no", "When the run is evaluated.", group=_EVAL)
     eval_steps: float | None = option(
         None, "Steps between evaluations; below 1 a share of all steps; null takes logging_steps.", group=_EVAL, gt=0
     )
     eval_on_start: bool = option(False, "Evaluate before the first step.", group=_EVAL)
+    load_best_model_at_end: bool = option(
+        False, "Save every best evaluation, and end with those weights instead of the last.", group=_EVAL
+    )
+    metric_for_best_model: str | None = option(
+        None, "Metric that says which evaluation is best; null takes the loss.", group=_EVAL
+    )
+    greater_is_better: bool | None = option(
+        None, "Whether that metric is better when larger; null: unless it is a loss.", group=_EVAL
+    )
+    early_stopping_steps: int | None = option(
+        None, "Stop after so many evaluations in a row that are no better.", group=_EVAL, ge=1
+    )
 
     logging_steps: float = option(500, "Steps between log lines; below 1 a share of all steps.", group=_LOG, gt=0)
     logging_first_step: bool = option(False, "Log the first step too.", group=_LOG)
@@ -105,6 +138,11 @@ class TrainConfig(Section):
         False, "Report the number of tokens seen (always recorded here).", group=_LOG
     )
     disable_tqdm: bool | None = option(None, "No progress bar; null shows one on a terminal.", group=_LOG)
+
+    @property
+    def max_skipped(self) -> int:
+        """Steps that are not finite and may be left out (`on_nan`)."""
+        return int(self.on_nan.removeprefix("skip:")) if self.on_nan != "stop" else 0
 
     @field_validator("report_to")
     @classmethod

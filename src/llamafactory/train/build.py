@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -12,34 +11,33 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from llamafactory.data.template_choice import end_token, template_of
-from llamafactory.data.views import find_view
 from llamafactory.extras import log
 from llamafactory.extras.errors import ConfigError, Problem
-from llamafactory.extras.files import give_usual_modes
 from llamafactory.extras.hardware import measure_gemm_peak
 from llamafactory.model.loader import adapter_folders, load_model, load_tokenizer
 from llamafactory.model.memory import step_flops
 from llamafactory.model.method import apply_method, load_method
-from llamafactory.train.checkpoint import fresh_state, load_state, restore_training
+from llamafactory.train.checkpoint.room import may_save_async
+from llamafactory.train.checkpoint.snapshot import restore_training
+from llamafactory.train.checkpoint.state import fresh_state, load_state
 from llamafactory.train.feed import Feed
-from llamafactory.train.loop import Job, Updates
+from llamafactory.train.job import Job, Updates
+from llamafactory.train.model_files import ModelFiles
 from llamafactory.train.optim import build_optimizer
 from llamafactory.train.schedule import build_schedule
 from llamafactory.train.stage import Models, load_stage
 from llamafactory.train.step import StageModule
-from llamafactory.train.windows import Schedule, group_items, packed_items, single_items
+from llamafactory.train.windows import Schedule, packed_items, single_items
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from accelerate import Accelerator
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
     from llamafactory.data.pipeline import PreparedData
-    from llamafactory.data.table import Examples
-    from llamafactory.data.types import Template
-    from llamafactory.data.views import View
+    from llamafactory.data.types import Example, Template
     from llamafactory.hparams.model import ModelConfig
     from llamafactory.hparams.run_config import RunConfig
     from llamafactory.hparams.section import Section
@@ -139,6 +137,7 @@ def assemble_job(
     tokenizer: PreTrainedTokenizerFast,
     model_config: PreTrainedConfig,
     accelerator: Accelerator,
+    facts: Mapping[str, Any],
 ) -> Job:
     """Puts together what the loop needs, and places it on the devices.
 
@@ -151,24 +150,23 @@ def assemble_job(
         tokenizer: saved beside the weights.
         model_config: for the FLOP count.
         accelerator: of the run.
+        facts: what every checkpoint says of the run.
     """
     train = cfg.train
     stage = load_stage(train.stage)
     module: Any = StageModule(stage, Models(policy=policy, plan=plan), cfg.stage_options)
     pad_id = cast("int", tokenizer.pad_token_id)
-    feed = partial(
-        build_feed, cfg, plan, view=find_view(stage.view), pad_id=pad_id, num_ranks=accelerator.num_processes
-    )
+    feed = partial(build_feed, cfg, plan, pad_id=pad_id, num_ranks=accelerator.num_processes)
     training = feed(data.train, training=True)
     total_steps = training.schedule.total_windows(max_steps=train.max_steps, num_epochs=train.num_train_epochs)
     start, updates = fresh_state(claim.run_id), None
-    writer = model_writer(policy, tokenizer)
     if train.do_train:
         optimizer: Any = build_optimizer(module, train, device=accelerator.device.type)
         scheduler = build_schedule(optimizer, train, total_steps=total_steps)
         if claim.resume_from is not None:
             start = load_state(claim.resume_from)
-            restore_training(claim.resume_from, optimizer)
+            if not restore_training(claim.resume_from, optimizer, accelerator.process_index):
+                log.note("this run has more processes than before: rows go on as they were, dropout does not")
             if accelerator.scaler is not None and start.scaler:
                 accelerator.scaler.load_state_dict(dict(start.scaler))
             scheduler.load_state_dict({**scheduler.state_dict(), **start.scheduler})
@@ -181,8 +179,9 @@ def assemble_job(
         cfg=train, output_dir=claim.output_dir, run_id=claim.run_id, accelerator=accelerator, module=module,
         updates=updates, feed=training,
         evaluation={_prefix(name): feed(examples, training=False) for name, examples in data.evaluation.items()},
-        total_steps=total_steps, start=start, write_model=writer, step_flops=flops,
+        total_steps=total_steps, start=start, model_files=ModelFiles(policy, tokenizer), step_flops=flops,
         measure_peak=lambda: _peak_flops(plan) * accelerator.num_processes,
+        is_async=may_save_async(train, policy, plan.device), facts=facts,
     )  # fmt: skip
 
 
@@ -214,24 +213,19 @@ def _prefix(name: str) -> str:
 
 
 def build_feed(
-    cfg: RunConfig, plan: ModelPlan, examples: Examples, *, view: View, pad_id: int, num_ranks: int, training: bool
+    cfg: RunConfig, plan: ModelPlan, examples: Sequence[Example], *, pad_id: int, num_ranks: int, training: bool
 ) -> Feed:
     """Batches over examples, for training or for evaluation.
 
-    What the batch size counts is one example, or one group where the view keeps those together. Packed bins hold at
-    most `cutoff_len` tokens and count as one.
+    Packed bins hold at most `cutoff_len` tokens and count as one item of `per_device_train_batch_size`.
     """
     train = cfg.train
-    sizes = examples.lengths.tolist()
-    items = group_items(examples.offsets.tolist()) if view.is_whole else single_items(len(sizes))
-    if training and items and (cfg.data.packing or cfg.data.neat_packing):
-        bins = packed_items([sum(sizes[index] for index in item) for item in items], cfg.data.cutoff_len)
-        items = [tuple(index for place in places for index in items[place]) for places in bins]
+    packs = training and bool(examples) and bool(cfg.data.packing or cfg.data.neat_packing)
+    sizes = [len(example) for example in examples]
+    items = packed_items(sizes, cfg.data.cutoff_len) if packs else single_items(len(sizes))
+    if packs:
         filled = sum(sizes) / (len(items) * cfg.data.cutoff_len)
-        log.info(
-            f"packing: {len(sizes):,} examples in {len(items):,} bins of {cfg.data.cutoff_len:,} tokens, "
-            f"{filled:.0%} full; examples of a bin never see each other"
-        )
+        log.info(f"packing: {len(sizes)} rows in {len(items)} bins of {cfg.data.cutoff_len} tokens, {filled:.0%} full")
     schedule = Schedule(
         items=items,
         lengths=[sum(sizes[index] for index in item) for item in items],
@@ -243,21 +237,6 @@ def build_feed(
         shuffle=training and not train.disable_shuffling,
     )
     return Feed(examples=examples, schedule=schedule, layout=plan.layout, pad_id=pad_id)
-
-
-def model_writer(policy: nn.Module, tokenizer: PreTrainedTokenizerFast) -> Callable[[Path], None]:
-    """A function that writes weights and tokenizer files into a folder, in the layout that plain peft loads."""
-    return partial(_write_model, policy, tokenizer)
-
-
-def _write_model(policy: Any, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    if hasattr(policy, "peft_config"):
-        policy.save_pretrained(str(folder), save_embedding_layers=False)
-        (folder / "README.md").unlink(missing_ok=True)
-    else:
-        policy.save_pretrained(str(folder))
-    tokenizer.save_pretrained(str(folder))
-    give_usual_modes(folder)
 
 
 def trainable_report(policy: nn.Module) -> tuple[int, int, str]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from llamafactory.data.batch import Batch
 from llamafactory.data.collate import collate_flat, collate_padded
-from llamafactory.data.table import Examples
 from llamafactory.data.types import IGNORE_INDEX, Example
 from llamafactory.train.windows import Item, Schedule
 
@@ -35,13 +34,13 @@ class Feed:
     """Turns a schedule over examples into batches.
 
     Attributes:
-        examples: what the schedule's items point into; `offsets` and `flags` say what belongs together.
+        examples: what the schedule's items point into.
         schedule: which items make up which step.
         layout: flat or padded.
         pad_id: token id that fills padded rows.
     """
 
-    examples: Examples
+    examples: Sequence[Example]
     schedule: Schedule
     layout: Literal["flat", "padded"]
     pad_id: int
@@ -55,6 +54,18 @@ class Feed:
             num_units=sum(example.num_supervised for example in chosen),
             lengths=[len(example) for example in chosen],
         )
+
+    def rows(self, step: int) -> list[str]:
+        """Names of the rows of optimizer step `step` (0-based), over all ranks."""
+        indices = [
+            index for share in self.schedule.window(step) for group in share for item in group for index in item
+        ]
+        return [self.examples[index].origin or f"example {index}" for index in indices]
+
+    def cursor(self, step: int) -> dict[str, Any]:
+        """Where in the data optimizer step `step` (0-based) begins, for a checkpoint; JSON-able."""
+        epoch, place = divmod(step, self.schedule.windows_per_epoch)
+        return {"epoch": epoch, "window": place, "items_per_window": self.schedule.items_per_window}
 
     def one_pass(self, rank: int) -> Iterator[Batch]:
         """Every item once, in the order of the schedule's first epoch."""

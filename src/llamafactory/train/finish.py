@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate.state import AcceleratorState
 
-from llamafactory.extras import log
+from llamafactory.extras import failpoints, log
+from llamafactory.extras.errors import SaveError
 from llamafactory.extras.files import fsync, write_json
 from llamafactory.train.build import require_trainable, trainable_report
+from llamafactory.train.checkpoint.folders import checkpoint_name, list_checkpoints
+from llamafactory.train.checkpoint.manifest import MANIFEST, find_fault
+from llamafactory.train.checkpoint.room import require_disk
+from llamafactory.train.checkpoint.saver import is_disk_fault
+from llamafactory.train.checkpoint.snapshot import TRAINING_FILES
 from llamafactory.train.loop import evaluate
 from llamafactory.train.output_dir import RUN_FILE, Claim, clear_replaced_run
 from llamafactory.train.plot import plot_curves
 from llamafactory.train.report import RunResult, run_record, write_model_card, write_results
+from llamafactory.train.signals import EXIT_NOT_SAVED, StopSignal, exit_code_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -27,7 +37,7 @@ if TYPE_CHECKING:
     from llamafactory.data.pipeline import PreparedData
     from llamafactory.hparams.run_config import RunConfig
     from llamafactory.model.plan import ModelPlan
-    from llamafactory.train.loop import FitResult, Job
+    from llamafactory.train.job import FitResult, Job
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +79,7 @@ class RunRecord:
         )
         record = cls(path=claim.output_dir / RUN_FILE, document=document, is_training=cfg.train.do_train)
         if log.is_main_process() and cfg.train.do_train:
+            require_disk(claim.output_dir, cfg.train, policy)
             clear_replaced_run(claim)
             record.write("running")
         return record
@@ -77,18 +88,46 @@ class RunRecord:
         """Writes the record with its current state."""
         write_json(self.path, {**self.document, **more, "state": state})
 
+    def facts(self) -> dict[str, Any]:
+        """What every checkpoint says of its run, in its manifest."""
+        datasets = self.document["data"].get("datasets", [])
+        config = json.dumps(self.document["config"], sort_keys=True)
+        return {
+            "config_sha256": hashlib.sha256(config.encode()).hexdigest(),
+            "data": {one["name"]: one.get("fingerprint") for one in datasets},
+            "num_processes": self.document["num_processes"],
+            "packages": self.document["packages"],
+        }
+
     @contextmanager
     def closing(self, accelerator: Accelerator) -> Iterator[None]:
         """Marks the run as failed where it ends with an error, and closes trackers and process groups."""
         try:
             yield
+        except StopSignal as stopped:
+            self._write_end(accelerator, "interrupted", summary=f"{stopped} before the first step of this process")
+            raise
         except BaseException as error:
-            if accelerator.is_main_process and self.is_training:
-                self.write("failed", error=f"{type(error).__name__}: {str(error)[:500]}")
+            self._write_end(accelerator, "failed", error=f"{type(error).__name__}: {str(error)[:500]}")
             raise
         finally:
-            accelerator.end_training()
+            _close_trackers(accelerator)
             _forget_accelerator()
+
+    def _write_end(self, accelerator: Accelerator, state: str, **more: Any) -> None:
+        if not (accelerator.is_main_process and self.is_training):
+            return
+        try:
+            self.write(state, **more)
+        except OSError as fault:  # the error that ended the run is the one to show
+            log.warn(f"{self.path} cannot be written: {fault}")
+
+
+def _close_trackers(accelerator: Accelerator) -> None:
+    try:
+        accelerator.end_training()
+    except Exception as error:  # third-party code on a network, after the work is done
+        log.warn(f"a tracker could not be closed ({type(error).__name__}: {error})")
 
 
 def _forget_accelerator() -> None:
@@ -108,30 +147,82 @@ def write_outcome(cfg: RunConfig, job: Job, record: RunRecord, result: FitResult
     if result is not None and result.stop_signal:
         return _interrupted(job, record, result)
     metrics: dict[str, float] = dict(result.metrics) if result else {}
-    if result is not None and job.accelerator.is_main_process:
-        _write_final_weights(job)
-        write_results(job.output_dir, "train", metrics)
-    evaluation = (result.evaluation if result else None) or evaluate(job)
+    best = _best_folder(job, result)
+    with _saving(job):
+        if result is not None and job.accelerator.is_main_process:
+            _write_final_weights(job, best)
+            write_results(job.output_dir, "train", metrics)
+    try:
+        evaluation = _last_evaluation(job, result, best)
+    except StopSignal as stopped:
+        if result is None:
+            raise
+        return _interrupted(job, record, replace(result, stop_signal=stopped.number))
     metrics |= evaluation
-    if job.accelerator.is_main_process:
-        _write_reports(cfg, job, record, result, metrics, evaluation)
+    with _saving(job):
+        if job.accelerator.is_main_process:
+            _write_reports(cfg, job, record, result, metrics, evaluation)
     job.accelerator.wait_for_everyone()
     done = f"done: {result.state.step} steps" if result else "done: evaluation"
+    if result and result.stopped_early:
+        done += f" of {job.total_steps}, stopped early: {result.stopped_early} evaluations in a row were no better"
     figures = ", ".join(f"{key} {value:.4f}" for key, value in metrics.items() if key.endswith("loss"))
-    summary = f"{done}, {figures}; in {job.output_dir}"
+    summary = f"{done}, {figures}; in {job.output_dir}" + (f", weights of {best.name}" if best else "")
     log.info(summary)
+    if result and result.save_failure:
+        raise SaveError(f"{result.save_failure}. Training is done, and the weights in {job.output_dir} are whole")
     return RunResult(output_dir=job.output_dir, metrics=metrics, exit_code=0, summary=summary)
 
 
-def _write_final_weights(job: Job) -> None:
+@contextmanager
+def _saving(job: Job) -> Iterator[None]:
+    """Turns a full or broken disk at the end of a run into an honest end."""
+    failpoints.visit("final")
+    try:
+        yield
+    except Exception as error:
+        if not is_disk_fault(error):
+            raise
+        saved = [path.name for path in list_checkpoints(job.output_dir)]
+        safe = f"{job.output_dir / saved[-1]} holds the last state" if saved else "no checkpoint was written either"
+        raise SaveError(f"the result could not be written to {job.output_dir}: {error}; {safe}") from error
+
+
+def _best_folder(job: Job, result: FitResult | None) -> Path | None:
+    """The checkpoint of the best evaluation, where the run shall end with it; a missing one is worth a warning."""
+    if result is None or not job.cfg.load_best_model_at_end or not result.state.best:
+        return None
+    folder = job.output_dir / checkpoint_name(result.state.best["step"])
+    fault = find_fault(folder) if folder.is_dir() else "it is gone"
+    if fault is None:
+        return folder
+    log.warn(f"{folder} held the best evaluation, but {fault}: the run ends with the last weights")
+    return None
+
+
+def _last_evaluation(job: Job, result: FitResult | None, best: Path | None) -> dict[str, float]:
+    """What the weights that the run ends with reach; they are not evaluated twice."""
+    if result is not None and best is not None:
+        return dict(result.state.best["values"])
+    return (result.evaluation if result else None) or evaluate(job)
+
+
+def _write_final_weights(job: Job, best: Path | None) -> None:
     """Writes beside, then moves file by file, so that no file in the folder is ever half."""
     staging = job.output_dir / f".staging-final-{os.getpid()}"
-    staging.mkdir()
-    job.write_model(staging)
+    staging.mkdir(parents=True)
+    if best is None:
+        job.model_files.write(staging)
+    else:
+        for path in sorted(best.iterdir()):
+            if path.name not in {MANIFEST, *TRAINING_FILES}:
+                shutil.copyfile(path, staging / path.name)
     for path in sorted(staging.iterdir()):
         fsync(path)
+    for path in sorted(staging.iterdir()):
         path.replace(job.output_dir / path.name)
     staging.rmdir()
+    fsync(job.output_dir)
 
 
 def _write_reports(
@@ -170,10 +261,22 @@ def _interrupted(job: Job, record: RunRecord, result: FitResult) -> RunResult:
     then = "weights only, so it cannot be continued" if job.cfg.save_only_model else f"{how} continues"
     saved = result.last_checkpoint
     where = f"saved in {saved}; {then}" if saved else "nothing new to save"
+    if result.save_failure:
+        where = result.save_failure + (f"; {saved} is whole" if saved else "")
     summary = f"stopped by {name} after step {result.state.step} of {job.total_steps}, {where}"
+    code = EXIT_NOT_SAVED if result.save_failure else exit_code_of(result.stop_signal)
     if job.accelerator.is_main_process:
-        record.write("interrupted", steps=result.state.step, summary=summary)
+        try:
+            record.write("interrupted", steps=result.state.step, summary=summary)
+        except OSError as error:
+            log.warn(f"{record.path} cannot be written: {error}")
     log.info(summary)
-    return RunResult(
-        output_dir=job.output_dir, metrics=result.metrics, exit_code=128 + result.stop_signal, summary=summary
-    )
+    return RunResult(output_dir=job.output_dir, metrics=result.metrics, exit_code=code, summary=summary)
+
+
+def stopped_before_training(output_dir: Path, stopped: StopSignal, resume_from: Path | None) -> RunResult:
+    """The end of a run that a signal stopped before there was anything new to save."""
+    kept = f"{resume_from} stays as it is" if resume_from else "nothing to save"
+    summary = f"{stopped} before the first step, {kept}; the same command starts again"
+    log.info(summary)
+    return RunResult(output_dir=output_dir, metrics={}, exit_code=stopped.exit_code, summary=summary)

@@ -3,116 +3,54 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-from torch import nn
-
+from llamafactory.extras import failpoints, log
 from llamafactory.extras.errors import LlamaFactoryError
 from llamafactory.train import step as steps
-from llamafactory.train.checkpoint import RunState, save_checkpoint
+from llamafactory.train.checkpoint import random_state
+from llamafactory.train.checkpoint.saver import Retention, SavePlan, Saver
+from llamafactory.train.checkpoint.snapshot import Snapshot
+from llamafactory.train.checkpoint.state import RunState
+from llamafactory.train.checkpoint.tensors import optimizer_state
+from llamafactory.train.guard import NotFiniteError, SpikeWatch, StepGuard, poison
+from llamafactory.train.interruption import agreed_signal
+from llamafactory.train.job import FitResult, Job
 from llamafactory.train.log import RunLog
-from llamafactory.train.signals import StopRequest
-from llamafactory.train.step import summed
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-    from torch.optim import Optimizer
-    from torch.optim.lr_scheduler import LRScheduler
-
-    from llamafactory.hparams.train import TrainConfig
-    from llamafactory.train.feed import Feed
+from llamafactory.train.return_point import ReturnPoint
+from llamafactory.train.selection import is_patience_over, judge
+from llamafactory.train.signals import StopRequest, StopSignal
+from llamafactory.train.span import Span
 
 
-@dataclass(frozen=True, kw_only=True)
-class Updates:
-    """What changes the weights: the prepared optimizer, and the schedule that is stepped once an optimizer step."""
+def fit(job: Job, stop: StopRequest) -> FitResult:
+    """Trains from `job.start` to `job.total_steps`, or until a signal or a lack of progress ends it.
 
-    optimizer: Optimizer
-    scheduler: LRScheduler
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """Everything that a training run needs, ready-made.
-
-    Attributes:
-        cfg: the section of training keys.
-        output_dir: of the run.
-        run_id: of the run.
-        accelerator: devices and ranks.
-        module: the prepared `StageModule`.
-        updates: optimizer and schedule, or None for a run that only evaluates.
-        feed: training batches.
-        evaluation: prefix of the metric names (`eval`, or `eval_<name>`) -> batches.
-        total_steps: optimizer steps of the whole run.
-        start: where to begin; its step is 0 for a new run.
-        write_model: writes the model and tokenizer files into a folder.
-        step_flops: FLOPs of a window, `(lengths, num_targets) -> FLOPs`, or None where the model's are not known.
-        measure_peak: measures the FLOP/s that all ranks' devices reach in a plain matrix product.
-    """
-
-    cfg: TrainConfig
-    output_dir: Path
-    run_id: str
-    accelerator: Accelerator
-    module: nn.Module
-    updates: Updates | None
-    feed: Feed
-    evaluation: Mapping[str, Feed]
-    total_steps: int
-    start: RunState
-    write_model: Callable[[Path], None]
-    step_flops: Callable[[list[int], int], int | None]
-    measure_peak: Callable[[], float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class FitResult:
-    """What a finished or interrupted loop reports.
-
-    Attributes:
-        state: at the last completed step.
-        stop_signal: number of the signal that stopped the run, or 0.
-        metrics: the compatible names, for `train_results.json`.
-        last_checkpoint: the newest one that this process wrote.
-        evaluation: what `evaluate` found after the last step, or None where it was not evaluated then.
-    """
-
-    state: RunState
-    stop_signal: int
-    metrics: dict[str, float]
-    last_checkpoint: Path | None
-    evaluation: dict[str, float] | None
-
-
-def fit(job: Job) -> FitResult:
-    """Trains from `job.start` to `job.total_steps`, or until a signal asks to stop.
+    Args:
+        job: the run.
+        stop: says when a signal asked to stop; raises inside of the model while `interruptible`.
 
     Raises:
-        LlamaFactoryError: the loss is not finite.
+        LlamaFactoryError: a loss or gradient is not finite; the state before that step is saved.
     """
     run = _Run(job)
-    with run.log, StopRequest() as stop:
-        if job.cfg.eval_on_start and run.step == 0:
-            run.evaluate()
-        while run.step < job.total_steps:
-            if run.agree_to_stop(stop):
-                break
-            run.train_step()
-            if run.is_due(job.cfg.logging_steps) or (run.step == 1 and job.cfg.logging_first_step):
-                run.log_training()
-            if job.cfg.eval_strategy != "no" and run.is_moment(job.cfg.eval_strategy, job.cfg.eval_steps):
-                run.evaluate()
-            if job.cfg.save_strategy != "no" and run.is_moment(job.cfg.save_strategy, job.cfg.save_steps):
-                run.save()
+    with run.log, run.saver:
+        try:
+            run.train(stop)
+        except StopSignal as signal:
+            run.stop_signal = signal.number
+            run.give_up_window()
+        except NotFiniteError as error:
+            run.return_to(error.step)
+            raise run.explain(error) from error
+        stop.in_time()
         run.log_training()
         if run.stop_signal or job.cfg.save_strategy != "no":
             run.save()
+        run.saver.wait()
         return run.result()
 
 
@@ -145,9 +83,27 @@ class _Run:
         if job.updates is None:
             raise ValueError("a job without optimizer cannot train")
         self.job, self.updates = job, job.updates
+        self.best: Mapping[str, Any] = job.start.best
+        self.saver = Saver(
+            SavePlan(
+                output_dir=job.output_dir,
+                retention=Retention(limit=job.cfg.save_total_limit, keeps_best=job.cfg.load_best_model_at_end),
+                is_async=job.is_async,
+                reads_back=job.cfg.verify_after_save,
+                facts=job.facts,
+            )
+        )
+        self.guard = StepGuard(
+            job.accelerator,
+            job.updates.optimizer,
+            max_skipped=job.cfg.max_skipped,
+            num_skipped=job.start.num_skipped,
+        )
+        self._spikes = SpikeWatch()
+        self._points: deque[ReturnPoint] = deque(maxlen=2)
+        self._is_in_window = False
         self.step = job.start.step
         self.supervised = job.start.num_supervised_tokens
-        self.last_checkpoint: Path | None = None
         self.log = RunLog(
             job.output_dir,
             total_steps=job.total_steps,
@@ -161,7 +117,7 @@ class _Run:
         self._evaluated: tuple[int, dict[str, float]] | None = None
         self._peak = job.measure_peak()
         self._peaks_left = 3
-        self._whole, self._since_log = _Span(), _Span()
+        self._whole, self._since_log = Span(), Span()
         self._logged_at = self._saved_at = job.start.step
         job.module.train()
 
@@ -169,31 +125,104 @@ class _Run:
     def epoch(self) -> float:
         return self.step / self.job.feed.schedule.windows_per_epoch
 
+    def train(self, stop: StopRequest) -> None:
+        """All steps, with what happens between them.
+
+        Raises:
+            StopSignal: a signal asked to stop.
+            NotFiniteError: a step is not finite.
+        """
+        cfg = self.job.cfg
+        if cfg.eval_on_start and self.step == 0:
+            self.evaluate()
+        elif self.step and self._is_time_to_evaluate() and not self._was_evaluated():
+            self.evaluate()  # a signal came before the evaluation that belongs to this checkpoint
+        while self.step < self.job.total_steps and not is_patience_over(self.best, cfg.early_stopping_steps):
+            if number := agreed_signal(self.job.accelerator, stop):
+                raise StopSignal(number)
+            self.train_step()
+            if self.is_due(cfg.logging_steps) or (self.step == 1 and cfg.logging_first_step):
+                self.log_training()
+            if self._is_time_to_evaluate():
+                self.evaluate()
+            if self._is_time_to_save():
+                self.save()
+        self.guard.settle()
+
     def train_step(self) -> None:
         job = self.job
+        failed = failpoints.visit("step")
+        self._points.append(ReturnPoint.take(self.step, self.updates, self.supervised, self.num_tokens))
+        self._is_in_window = True
         window = job.feed.window(self.step, job.accelerator.process_index)
         loss = steps.accumulate(job.accelerator, job.module, window)
-        norm = steps.apply_gradient(job.accelerator, job.module, self.updates.optimizer, job.cfg.max_grad_norm)
+        if failed:
+            poison(job.module)
+        norm, is_taken = steps.apply_gradient(
+            job.accelerator,
+            job.module,
+            self.updates.optimizer,
+            job.cfg.max_grad_norm,
+            admits=lambda norm: self.guard.admits(self.step, loss, norm, job.module),
+        )
+        self._is_in_window = False
         rate = float(self.updates.scheduler.get_last_lr()[0])
         self.updates.scheduler.step()
         self.step += 1
+        if not is_taken:
+            self._say_skipped()
+            return
         self.supervised += window.num_units
         self.num_tokens += sum(window.lengths)
         flops = job.step_flops(list(window.lengths), window.num_units)
         for span in (self._whole, self._since_log):
             span.add(loss, window.num_units, sum(window.lengths), len(window.lengths), flops)
             span.grad_norm, span.learning_rate = norm, rate
+        self._since_log.steps.append((self.step, loss, window.num_units))
         self.log.advance(self.step)
+
+    def _say_skipped(self) -> None:
+        log.warn(
+            f"step {self.step} is left out, because it is not finite ({self.guard.num_skipped} of at most "
+            f"{self.job.cfg.max_skipped}); rows: {_listed(self.job.feed.rows(self.step - 1))}"
+        )
+
+    def give_up_window(self) -> None:
+        """Forgets a step that was not finished: the state is that before it."""
+        if self._is_in_window:
+            self.return_to(self._points[-1].step)
+
+    def return_to(self, step: int) -> None:
+        """Goes back to the beginning of one of the last two steps; the weights must be those of that moment."""
+        point = next(point for point in self._points if point.step == step)
+        self.step, self.supervised, self.num_tokens = point.step, point.supervised, point.num_tokens
+        point.put_back(self.updates)
+        self._since_log.forget_after(step)
+
+    def explain(self, error: NotFiniteError) -> LlamaFactoryError:
+        """Saves the state before a step that is not finite, and says which rows it held."""
+        rows = _listed(self.job.feed.rows(error.step))
+        self.save()
+        self.saver.wait()
+        saved = f"The state before it is saved in {self.saver.last}. " if self.saver.last else ""
+        return LlamaFactoryError(
+            f"loss or gradient of step {error.step + 1} is not finite: the step was not taken. {saved}Its rows: "
+            f"{rows}. Look at them, lower learning_rate, use bf16 instead of fp16, or set on_nan: skip:1."
+        )
 
     def log_training(self) -> None:
         """Writes a row of the steps since the last one; this is where the device is waited for."""
         if self.step == self._logged_at:
             return
+        self.guard.settle()
         span = self._since_log
+        if not span.units:  # every step was left out
+            return
         loss = span.mean_loss(self.job.accelerator)
         seconds = span.seconds
         with self._pause():
             self._measure_peak_again()
+            self._look_for_spikes(span)
         row = {
             "loss": loss,
             "lr": span.learning_rate,
@@ -202,40 +231,71 @@ class _Run:
             "total_tokens": self.num_tokens,
             "supervised_tokens": self.supervised,
             "mfu": self._mfu(span, seconds),
+            "save_stall": round(span.stalled, 4) if span.stalled else None,
+            "skipped_steps": self.guard.num_skipped or None,
         }
-        self._since_log = _Span()
+        self._since_log = Span()
         self._logged_at = self.step
         self.log.write(self.step, self.epoch, row)
-        if loss != loss or loss in (float("inf"), float("-inf")):
-            raise LlamaFactoryError(
-                f"the loss is {loss} at step {self.step}: stopping before anything is saved over a good checkpoint. "
-                "Lower learning_rate, use bf16 instead of fp16, or look at the rows of the last steps."
-            )
+
+    def _look_for_spikes(self, span: Span) -> None:
+        for step, loss, usual in self._spikes.look(span.step_losses(self.job.accelerator)):
+            rows = _listed(self.job.feed.rows(step - 1))
+            log.warn(f"the loss of step {step} jumps to {loss:.4f} from about {usual:.4f}; rows: {rows}")
 
     def evaluate(self) -> None:
-        """Evaluates, and logs the losses."""
+        """Evaluates, logs the losses, and notes whether this is the best evaluation so far."""
+        self.guard.settle()
         with self._pause("evaluating"):
+            failpoints.visit("eval")
             values = evaluate(self.job)
             self.log.write(self.step, self.epoch, {key: x for key, x in values.items() if key.endswith("_loss")})
         self._evaluated = self.step, values
+        if self.step:
+            self.best = judge(self.best, values, self.step, self.job.cfg)
+
+    def _is_time_to_evaluate(self) -> bool:
+        cfg = self.job.cfg
+        return cfg.eval_strategy != "no" and self.is_moment(cfg.eval_strategy, cfg.eval_steps)
+
+    def _was_evaluated(self) -> bool:
+        rows = (row for row in reversed(self.log.history) if row.get("current_steps") == self.step)
+        return any(key.startswith("eval_") for row in rows for key in row)
+
+    def _is_time_to_save(self) -> bool:
+        cfg = self.job.cfg
+        is_best = cfg.load_best_model_at_end and self.best.get("step") == self.step
+        return is_best or (cfg.save_strategy != "no" and self.is_moment(cfg.save_strategy, cfg.save_steps))
 
     def save(self) -> None:
         """Writes a checkpoint of the current step, once."""
         job = self.job
         if self.step in (self._saved_at, 0):
             return
+        self.guard.settle()
         self.log_training()
         with self._pause("saving"):
+            started = time.monotonic()
+            generators = random_state.of_all_ranks(job.accelerator, self._generators())
             if job.accelerator.is_main_process:
-                self.last_checkpoint = save_checkpoint(
-                    job.output_dir,
-                    self.state(),
-                    write_model=job.write_model,
-                    optimizer=None if job.cfg.save_only_model else self.updates.optimizer,
-                    limit=job.cfg.save_total_limit,
+                optimizer = None if job.cfg.save_only_model else optimizer_state(self.updates.optimizer)
+                self.saver.save(
+                    Snapshot(
+                        state=self.state(),
+                        write_model=job.model_files.copy() if job.is_async else job.model_files.write,
+                        optimizer=optimizer,
+                        generators=generators,
+                    )
                 )
-            self._saved_at = self.step
-            job.accelerator.wait_for_everyone()
+            stall = time.monotonic() - started
+        for span in (self._whole, self._since_log):
+            span.stalled += stall
+        self._saved_at = self.step
+
+    def _generators(self) -> random_state.Generators:
+        """The random states that belong to the current step: after a return, those of its beginning."""
+        found = next((point.generators for point in self._points if point.step == self.step), None)
+        return found or random_state.Generators()
 
     def state(self) -> RunState:
         scaler = self.job.accelerator.scaler
@@ -244,15 +304,18 @@ class _Run:
             step=self.step,
             epoch=self.epoch,
             scheduler=_plain(self.updates.scheduler.state_dict()),
-            log_history=self.log.history,
+            log_history=list(self.log.history),
             num_tokens=self.num_tokens,
             num_supervised_tokens=self.supervised,
             seconds=self.job.start.seconds + self.log.seconds,
             scaler={} if scaler is None else scaler.state_dict(),
+            data=self.job.feed.cursor(self.step),
+            best=self.best,
+            num_skipped=self.guard.num_skipped,
         )
 
     def result(self) -> FitResult:
-        span = self._whole
+        span, patience = self._whole, self.job.cfg.early_stopping_steps
         metrics: dict[str, float] = {"epoch": round(self.epoch, 4)}
         if span.units:
             metrics["train_loss"] = span.mean_loss(self.job.accelerator)
@@ -266,24 +329,18 @@ class _Run:
                 metrics["effective_tokens_per_sec"] = round(span.tokens / seconds, 2)
             if (mfu := self._mfu(span, seconds)) is not None:
                 metrics["train_mfu"] = mfu
+            if span.stalled:
+                metrics["save_stall_seconds"] = round(span.stalled, 4)
         is_current = self._evaluated is not None and self._evaluated[0] == self.step
         return FitResult(
             evaluation=self._evaluated[1] if self._evaluated and is_current else None,
             state=self.state(),
             stop_signal=self.stop_signal,
             metrics=metrics,
-            last_checkpoint=self.last_checkpoint,
+            last_checkpoint=self.saver.last,
+            save_failure=self.saver.failure,
+            stopped_early=self.best["num_worse"] if is_patience_over(self.best, patience) else 0,
         )
-
-    def agree_to_stop(self, stop: StopRequest) -> bool:
-        """Whether any rank was asked to stop. All ranks get the same `stop_signal`, and read only that afterwards."""
-        accelerator = self.job.accelerator
-        self.stop_signal = stop.signal
-        if accelerator.num_processes > 1:
-            flags = torch.zeros(accelerator.num_processes, dtype=torch.int64, device=accelerator.device)
-            flags[accelerator.process_index] = stop.signal
-            self.stop_signal = int(summed(accelerator, flags).max())
-        return bool(self.stop_signal)
 
     @contextmanager
     def _pause(self, stage: str | None = None) -> Iterator[None]:
@@ -308,7 +365,7 @@ class _Run:
             return self.step % self.job.feed.schedule.windows_per_epoch == 0
         return self.is_due(every or self.job.cfg.logging_steps)
 
-    def _mfu(self, span: _Span, seconds: float) -> float | None:
+    def _mfu(self, span: Span, seconds: float) -> float | None:
         return None if span.flops is None else round(span.flops / seconds / self._peak, 4)
 
     def _measure_peak_again(self) -> None:
@@ -318,35 +375,8 @@ class _Run:
             self._peak = max(self._peak, self.job.measure_peak())
 
 
-class _Span:
-    """Sums over the steps since it was made. The loss stays on the device until `mean_loss` waits for it."""
-
-    def __init__(self) -> None:
-        self._started = time.monotonic()
-        self.paused = 0.0
-        self.loss: torch.Tensor | None = None
-        self.units = self.tokens = self.examples = 0
-        self.flops: int | None = 0
-        self.grad_norm: torch.Tensor | None = None
-        self.learning_rate: float = 0.0
-
-    def add(self, loss: torch.Tensor, units: int, tokens: int, examples: int, flops: int | None) -> None:
-        self.loss = loss if self.loss is None else self.loss + loss
-        self.units += units
-        self.tokens += tokens
-        self.examples += examples
-        self.flops = None if flops is None or self.flops is None else self.flops + flops
-
-    @property
-    def seconds(self) -> float:
-        """Training time so far; true on an asynchronous device right after `mean_loss`."""
-        return max(1e-9, time.monotonic() - self._started - self.paused)
-
-    def mean_loss(self, accelerator: Accelerator) -> float:
-        """Nats per supervised token over all ranks; waits for the device."""
-        if self.loss is None:
-            return float("nan")
-        return float(summed(accelerator, self.loss.clone())) / max(1, self.units)
+def _listed(names: list[str], most: int = 12) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _plain(state: Mapping[str, Any]) -> dict[str, Any]:

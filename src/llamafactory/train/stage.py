@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from llamafactory.data.batch import Batch
-    from llamafactory.data.types import ViewName
     from llamafactory.hparams.section import Section
     from llamafactory.model.plan import ModelPlan
 
@@ -47,12 +46,12 @@ class Stage:
 
     Attributes:
         name: as in the key `stage`.
-        view: how it reads rows: `sft`, `pairs`, `feedback`, `text` or `prompts` (see `data.views`).
+        view: the shape of data it reads.
         loss: `(models, batch, options) -> LossOutput`.
     """
 
     name: str
-    view: ViewName
+    view: Literal["sft"]
     loss: Callable[[Models, Batch, Section], LossOutput]
 
 

@@ -6,7 +6,7 @@ step is split into micro-batches and ranks. No value is read back from the devic
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
@@ -75,8 +75,13 @@ def accumulate(accelerator: Accelerator, module: nn.Module, window: Window) -> T
 
 
 def apply_gradient(
-    accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer, clip: float
-) -> Tensor | None:
+    accelerator: Accelerator,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    clip: float,
+    *,
+    admits: Callable[[Tensor | None], bool] = lambda norm: True,
+) -> tuple[Tensor | None, bool]:
     """Clips, steps and clears the gradient.
 
     Args:
@@ -84,15 +89,18 @@ def apply_gradient(
         module: the prepared module.
         optimizer: the prepared optimizer.
         clip: largest global gradient norm; 0 or less does not clip.
+        admits: gets the norm before clipping, and says whether the step is taken.
 
     Returns:
-        The norm before clipping, on the device, or None.
+        The norm before clipping, on the device, or None; and whether the step was taken.
     """
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     norm = accelerator.clip_grad_norm_(parameters, clip) if clip > 0 else None
-    optimizer.step()
+    is_taken = admits(norm)
+    if is_taken:
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return norm
+    return norm, is_taken
 
 
 def summed(accelerator: Accelerator, tensor: Tensor) -> Tensor:

@@ -2,26 +2,45 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llamafactory.extras import log
 from llamafactory.extras.network import go_offline
-from llamafactory.train.output_dir import claim_output_dir, require_same_data
+from llamafactory.train.output_dir import claim_output_dir, make_writable, require_same_data
+from llamafactory.train.run_lock import RunLock
+from llamafactory.train.signals import StopRequest, StopSignal
 
 if TYPE_CHECKING:
     from llamafactory.hparams.run_config import RunConfig
+    from llamafactory.train.output_dir import Claim
     from llamafactory.train.report import RunResult
 
 
 def run_exp(cfg: RunConfig) -> RunResult:
-    """Trains and evaluates as configured.
+    """Trains and evaluates as configured; one run at a time in an output folder.
 
     Raises:
         LlamaFactoryError: configuration, data, model or output folder cannot be used; nothing was overwritten.
     """
     if cfg.model.offline:
         go_offline()
-    claim = claim_output_dir(cfg)
+    folder = Path(cfg.train.output_dir or "")
+    claim = None
+    with StopRequest(cfg.train.save_grace) as stop:
+        try:
+            make_writable(folder)
+            with RunLock(folder) if log.is_main_process() else nullcontext():
+                claim = claim_output_dir(cfg)
+                return _run(cfg, claim, stop)
+        except StopSignal as stopped:
+            from llamafactory.train.finish import stopped_before_training
+
+            return stopped_before_training(folder, stopped, claim.resume_from if claim else None)
+
+
+def _run(cfg: RunConfig, claim: Claim, stop: StopRequest) -> RunResult:
     if claim.replaces and log.is_main_process():
         (claim.output_dir / "bad_rows.jsonl").unlink(missing_ok=True)
     log.info(f"output: {claim.output_dir}" + (f", continuing {claim.resume_from.name}" if claim.resume_from else ""))
@@ -30,25 +49,30 @@ def run_exp(cfg: RunConfig) -> RunResult:
     from llamafactory.model.loader import load_model_config
     from llamafactory.model.plan import plan_training
     from llamafactory.train import build, finish
+    from llamafactory.train.interruption import interruptible
     from llamafactory.train.loop import fit
-    from llamafactory.train.stage import load_stage
+    from llamafactory.train.report import package_versions
+    from llamafactory.train.rerun import say_what_differs
 
     tokenizer, template = build.load_text(cfg)
     data = prepare_data(
         cfg.data,
         template,
         tokenizer,
-        view=load_stage(cfg.train.stage).view,
         seed=build.data_seed(cfg),
         for_training=cfg.train.do_train,
         output_dir=claim.output_dir if log.is_main_process() else None,
     )
+    stop.check()
+    if cfg.train.rerun_of:
+        may_differ = "data" in cfg.train.allow_change
+        say_what_differs(cfg.train.rerun_of, data.report.to_dict(), package_versions(), may_differ=may_differ)
     build.say_lines(data.report.lines())
     model_config = load_model_config(cfg.model)
     plan = plan_training(cfg, model_config, read_hardware(use_cpu=cfg.train.use_cpu))
     build.say_lines(plan.lines())
     accelerator = build.start_accelerator(cfg, plan)
-    require_same_data(claim, data.report.to_dict(), accelerator.num_processes)
+    require_same_data(cfg, claim, data.report.to_dict(), accelerator.num_processes)
     policy = build.load_policy(cfg, plan, resume_from=claim.resume_from)
     record = finish.RunRecord.start(
         cfg, claim, plan=plan, data=data, policy=policy, num_processes=accelerator.num_processes
@@ -63,6 +87,10 @@ def run_exp(cfg: RunConfig) -> RunResult:
             tokenizer=tokenizer,
             model_config=model_config,
             accelerator=accelerator,
+            facts=record.facts(),
         )
-        result = fit(job) if cfg.train.do_train else None
-        return finish.write_outcome(cfg, job, record, result)
+        with interruptible(job, stop):
+            if cfg.train.do_train:
+                stop.defer()
+            result = fit(job, stop) if cfg.train.do_train else None
+            return finish.write_outcome(cfg, job, record, result)

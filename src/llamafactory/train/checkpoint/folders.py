@@ -1,0 +1,117 @@
+"""The checkpoint folders of a run: finding the newest good one, removing old ones, the links `last` and `best`."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Set
+from pathlib import Path
+
+from llamafactory.extras import failpoints, log
+from llamafactory.extras.errors import LlamaFactoryError
+from llamafactory.extras.files import fsync
+from llamafactory.train.checkpoint.manifest import find_fault, read_facts
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+STAGING, TRASH = ".staging-", ".trash-"
+
+
+def checkpoint_name(step: int) -> str:
+    """Name of the folder that holds the state after `step` optimizer steps."""
+    return f"checkpoint-{step}"
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Folders named `checkpoint-<step>`, oldest first."""
+    found = [
+        (int(match[1]), path) for path in output_dir.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))
+    ]
+    return [path for _, path in sorted(found)]
+
+
+def newest_checkpoint(output_dir: Path, run_id: str | None = None) -> Path | None:
+    """The newest checkpoint that verifies, or None where there is none at all.
+
+    Args:
+        output_dir: of the run.
+        run_id: only checkpoints of this run count; those of others are named and left alone. None takes any.
+
+    Raises:
+        LlamaFactoryError: there are checkpoints, and none of them verifies.
+    """
+    broken = 0
+    for folder in reversed(list_checkpoints(output_dir)):
+        owner = read_facts(folder).get("run_id")
+        if run_id is not None and owner is not None and owner != run_id:
+            log.warn(f"{folder} is not used: another run wrote it ({owner})")
+            continue
+        fault = find_fault(folder)
+        if fault is None:
+            return folder
+        broken += 1
+        log.warn(f"{folder} is not used: {fault}")
+    if broken:
+        raise LlamaFactoryError(
+            f"{output_dir}: none of {broken} checkpoints is intact. Restore one from a backup, or start "
+            "again with overwrite_output_dir: true."
+        )
+    return None
+
+
+def prune(output_dir: Path, run_id: str, limit: int | None, keep: Set[str] = frozenset()) -> list[str]:
+    """Removes a run's oldest checkpoints beyond `limit`; folders of other runs are left alone.
+
+    Args:
+        output_dir: of the run.
+        run_id: of the run.
+        limit: checkpoints that stay; None or 0 keeps all.
+        keep: names that stay in any case; they count as part of `limit`.
+
+    Returns:
+        Names of the removed folders.
+    """
+    if limit is None or limit <= 0:
+        return []
+    own = [path for path in list_checkpoints(output_dir) if read_facts(path).get("run_id") == run_id]
+    num_removed = max(0, len(own) - limit)
+    removed = [path for path in own[:-1] if path.name not in keep][:num_removed]
+    for path in removed:
+        discard(path)
+    return [path.name for path in removed]
+
+
+def discard(folder: Path) -> None:
+    """Removes a checkpoint so that a crash in the middle leaves nothing that looks like one."""
+    trash = folder.with_name(f"{TRASH}{folder.name}-{os.getpid()}")
+    shutil.rmtree(trash, ignore_errors=True)
+    folder.rename(trash)
+    failpoints.visit("save.prune")
+    shutil.rmtree(trash, ignore_errors=True)
+
+
+def clear_leftovers(output_dir: Path) -> None:
+    """Removes what a crash left of saves and removals. Only the owner of the folder's lock may call it."""
+    for path in [*output_dir.glob(f"{STAGING}*"), *output_dir.glob(f"{TRASH}*")]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def point(output_dir: Path, link: str, target: str | None) -> None:
+    """Makes the relative link `link` name the folder `target`; None removes it. Never fails a run.
+
+    A system without links goes without; a file or folder of that name that is no link is left alone.
+    """
+    path = output_dir / link
+    try:
+        if path.exists() and not path.is_symlink():
+            return
+        if target is None or not (output_dir / target).is_dir():
+            path.unlink(missing_ok=True)
+            return
+        staging = output_dir / f".{link}-{os.getpid()}"
+        staging.unlink(missing_ok=True)
+        staging.symlink_to(target, target_is_directory=True)
+        staging.replace(path)
+        fsync(output_dir)
+    except OSError as error:
+        log.debug(f"no link {path}: {error}")

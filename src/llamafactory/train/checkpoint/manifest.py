@@ -1,0 +1,88 @@
+"""`MANIFEST.json`: written last, it says what a whole checkpoint holds; without a match a folder is no checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llamafactory.extras import failpoints
+from llamafactory.extras.files import fsync, sha256_of
+
+MANIFEST = "MANIFEST.json"
+FORMAT = 2
+"""1: random state of the first process only. 2: of every process, and a cursor of the data."""
+
+
+def seal(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Makes every file of a folder durable and writes the manifest last.
+
+    Args:
+        folder: holds all files of a checkpoint.
+        facts: what the manifest says besides, for example run id and step.
+
+    Returns:
+        The manifest.
+    """
+    files: dict[str, dict[str, Any]] = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        failpoints.visit("save.file")
+        fsync(path)
+        files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
+    manifest = {"format": FORMAT, **facts, "files": files}
+    failpoints.visit("save.manifest")
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    fsync(folder / MANIFEST)
+    fsync(folder)
+    return manifest
+
+
+def find_fault(folder: Path, *, hashes: bool = True) -> str | None:
+    """Compares a checkpoint with its manifest.
+
+    Args:
+        folder: of the checkpoint.
+        hashes: read every file; False compares sizes only.
+
+    Returns:
+        None if all is well, else what is wrong and with which file.
+    """
+    try:
+        files = dict(_read(folder)["files"])
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing (the save did not finish, or another program wrote the folder)"
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        return f"{MANIFEST} cannot be read: {type(error).__name__}: {error}"
+    for name, expected in files.items():
+        if (fault := _fault_of_file(folder / name, expected, hashes=hashes)) is not None:
+            return f"{name} {fault}"
+    return None
+
+
+def _fault_of_file(path: Path, expected: Mapping[str, Any], *, hashes: bool) -> str | None:
+    try:
+        if not path.is_file():
+            return "is missing"
+        if path.stat().st_size != expected["size"]:
+            return f"has {path.stat().st_size} bytes instead of {expected['size']}"
+        if hashes and sha256_of(path) != expected["sha256"]:
+            return "is damaged (its sha256 differs)"
+    except OSError as error:
+        return f"cannot be read: {error.strerror or error}"
+    return None
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """The manifest, or an empty mapping where there is none that can be read."""
+    try:
+        return _read(folder)
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    document = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    if not isinstance(document, dict):
+        raise TypeError("not a JSON object")
+    return document

@@ -1,0 +1,53 @@
+"""A model's part of a checkpoint: weights and tokenizer files, in a layout that plain peft and transformers load."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llamafactory.extras.files import give_usual_modes
+from llamafactory.train.checkpoint.tensors import frozen_storages, host_copy
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedTokenizerFast
+
+
+class ModelFiles:
+    """Writes a model and its tokenizer."""
+
+    def __init__(self, policy: nn.Module, tokenizer: PreTrainedTokenizerFast) -> None:
+        """Holds both; nothing is copied yet."""
+        self._policy: Any = policy
+        self._tokenizer = tokenizer
+
+    def write(self, folder: Path) -> None:
+        """Writes the weights as they are now into an existing folder."""
+        self._write(folder, None)
+
+    def copy(self) -> Callable[[Path], None]:
+        """Copies what training changes, and gives a function that writes the copy, for any thread."""
+        state = host_copy(self._policy.state_dict(), frozen_storages(self._policy))
+        self._tokenizer_files  # noqa: B018  made here, in the main thread
+        return partial(self._write, state=state)
+
+    def _write(self, folder: Path, state: Mapping[str, Tensor] | None) -> None:
+        options: dict[str, Any] = {} if state is None else {"state_dict": dict(state)}
+        if hasattr(self._policy, "peft_config"):
+            self._policy.save_pretrained(str(folder), save_embedding_layers=False, **options)
+            (folder / "README.md").unlink(missing_ok=True)
+        else:
+            self._policy.save_pretrained(str(folder), **options)
+        for name, content in self._tokenizer_files.items():
+            (folder / name).write_bytes(content)
+        give_usual_modes(folder)
+
+    @cached_property
+    def _tokenizer_files(self) -> dict[str, bytes]:
+        """A tokenizer does not change while it trains, so that its files are made once."""
+        with tempfile.TemporaryDirectory() as folder:
+            self._tokenizer.save_pretrained(folder)
+            return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
