@@ -74,4 +74,4 @@ def test_padded_batches_and_generation_use_the_stock_path(tiny_config, make_exam
 
 def test_unlisted_model_types_promise_nothing():
     assert not family_of("mamba").segments
-    assert not family_of("mamba").plain_head
+    assert family_of("mamba").head is None

@@ -1,4 +1,4 @@
-"""The chunked loss equals plain cross-entropy over all logits, in value and in gradient."""
+"""Losses and log-probabilities through a model equal those of transformers, in value and in gradient."""
 
 from __future__ import annotations
 
@@ -8,52 +8,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from llamafactory.data.collate import collate_flat, collate_padded
 from llamafactory.data.types import IGNORE_INDEX
 from llamafactory.model import attention
-from llamafactory.train.logprob import ChunkedCrossEntropy, supervised_nll
+from llamafactory.train.logprob import supervised_nll, token_logprobs
 
 
 def plan(fused: bool = True, chunk: int = 5) -> SimpleNamespace:
     return SimpleNamespace(fused_head=fused, loss_chunk_rows=chunk)
-
-
-def plain_loss(rows, weight, targets, row_weights):
-    losses = F.cross_entropy(rows @ weight.T, targets, reduction="none")
-    return (losses if row_weights is None else losses * row_weights).sum()
-
-
-@given(
-    count=st.integers(0, 40),
-    chunk=st.integers(1, 50),
-    weighted=st.booleans(),
-    frozen=st.booleans(),
-    seed=st.integers(0, 2**16),
-)
-@settings(max_examples=60, deadline=None)
-def test_value_and_gradients_equal_the_plain_formula(count, chunk, weighted, frozen, seed):
-    torch.manual_seed(seed)
-    rows = torch.randn(count, 12, dtype=torch.float64)
-    weight = torch.randn(17, 12, dtype=torch.float64)
-    targets = torch.randint(0, 17, (count,))
-    row_weights = torch.rand(count) if weighted else None
-    found = []
-    for compute in (lambda r, w: ChunkedCrossEntropy.apply(r, w, targets, row_weights, chunk),
-                    lambda r, w: plain_loss(r, w, targets, row_weights)):  # fmt: skip
-        r, w = rows.clone().requires_grad_(), weight.clone().requires_grad_(not frozen)
-        value = compute(r, w)
-        (value * 0.37).backward()
-        found.append((value.detach().double(), r.grad, w.grad))
-    for ours, theirs in zip(*found, strict=True):
-        if theirs is None:
-            assert ours is None
-        else:
-            torch.testing.assert_close(ours.double(), theirs.double(), rtol=2e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -102,3 +66,30 @@ def test_weights_scale_the_loss_of_their_tokens(tiny_config, make_examples):
     half = dataclasses.replace(example, weights=np.full(12, 0.5, dtype=np.float32))
     whole, halved = (supervised_nll(model, collate_flat([row]), plan()) for row in (example, half))
     torch.testing.assert_close(halved, whole * 0.5)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("layout", ["flat", "padded"])
+def test_token_logprobs_sum_to_the_loss_and_carry_its_gradient(fused, layout, tiny_config, make_examples):
+    attention.register()
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(tiny_config(), attn_implementation=attention.NAME, dtype=torch.float32)
+    examples = make_examples((9, 14, 5))
+    batch = collate_flat(examples) if layout == "flat" else collate_padded(examples, pad_id=0)
+    found = []
+    for total in (supervised_nll(model, batch, plan(fused)), -token_logprobs(model, batch, plan(fused)).sum()):
+        model.zero_grad()
+        total.backward()
+        found.append([total.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_token_logprobs_of_nothing_stay_attached_to_the_graph(tiny_config, make_examples):
+    attention.register()
+    model = AutoModelForCausalLM.from_config(tiny_config(), attn_implementation=attention.NAME, dtype=torch.float32)
+    example = make_examples((6,))[0]
+    blank = dataclasses.replace(example, labels=np.full_like(example.labels, IGNORE_INDEX))
+    found = token_logprobs(model, collate_flat([blank]), plan())
+    assert found.shape == (0,)
+    found.sum().backward()

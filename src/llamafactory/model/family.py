@@ -7,6 +7,31 @@ every causal model, only slower. An entry may be added once `tests/model/test_at
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Head:
+    """How logits are made from the last hidden state: `cap(factor * hidden @ head.weight.T)`.
+
+    Attributes:
+        multiplied_by: config field that multiplies the logits, or None.
+        divided_by: config field that divides them, or None.
+        capped_by: config field with the soft-cap c of `c tanh(logits / c)`, or None.
+    """
+
+    multiplied_by: str | None = None
+    divided_by: str | None = None
+    capped_by: str | None = None
+
+    def factor(self, config: Any) -> float:
+        """Number that multiplies the logits of a model with this config."""
+        times = float(getattr(config, self.multiplied_by)) if self.multiplied_by else 1.0
+        return times / float(getattr(config, self.divided_by)) if self.divided_by else times
+
+    def cap(self, config: Any) -> float | None:
+        """Soft-cap of the logits, or None."""
+        return getattr(config, self.capped_by) if self.capped_by else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -15,15 +40,15 @@ class Family:
 
     Attributes:
         segments: rows laid end to end are exact through `model.attention` (proven by test).
-        plain_head: logits are `hidden @ head.weight.T` and nothing else (no soft-cap, scale or bias).
+        head: how logits are made, or None where it is not known; then the model makes them itself.
     """
 
     segments: bool
-    plain_head: bool
+    head: Head | None
 
 
-UNPROVEN = Family(segments=False, plain_head=False)
-_PLAIN = Family(segments=True, plain_head=True)
+UNPROVEN = Family(segments=False, head=None)
+_PLAIN = Family(segments=True, head=Head())
 
 FAMILIES: dict[str, Family] = {
     "llama": _PLAIN,

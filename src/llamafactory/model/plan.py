@@ -89,8 +89,8 @@ def plan_training(cfg: RunConfig, model_config: PreTrainedConfig, hardware: Hard
     checkpointing, reasons["activation_checkpointing"] = _checkpointing(cfg, model_config, hardware, tokens)
     reasons["fused_head"] = (
         "logits of supervised rows only, in chunks"
-        if family.plain_head
-        else f"the head of model type {model_config.model_type!r} is not on the list of plain heads"
+        if family.head is not None
+        else f"the head of model type {model_config.model_type!r} is not known"
     )
     return ModelPlan(
         device=hardware.device,
@@ -100,7 +100,7 @@ def plan_training(cfg: RunConfig, model_config: PreTrainedConfig, hardware: Hard
         layout=layout,
         micro_batch_tokens=tokens,
         loss_chunk_rows=LOSS_CHUNK_ROWS,
-        fused_head=family.plain_head,
+        fused_head=family.head is not None,
         activation_checkpointing=checkpointing,
         reasons=reasons,
     )
