@@ -178,7 +178,7 @@ def test_preview_as_json(run: Callable[..., Any], config: Any) -> None:
     assert [row["origin"] for row in report["rows"]] == [f"a.json#{number}" for number in range(1, 5)]
     assert report["rows"][3]["reason"].startswith("a.json#4: output: not a text")
     first = report["rows"][0]
-    assert set(first) == {"use", "dataset", "origin", "reason", "examples"}
+    assert set(first) == {"use", "dataset", "origin", "reason", "num_left_out", "label", "examples"}
     (example,) = first["examples"]
     assert set(example) == {"spans", "tokens", "num_tokens", "num_supervised", "num_cut", "is_used"}
     assert set(example["spans"][0]) == {"text", "is_supervised", "num_cut_behind"}

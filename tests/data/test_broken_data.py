@@ -224,7 +224,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "plain text rows": (
         {"rows": [{"text": "once upon a time"}], "entry": {"columns": {"prompt": "text"}}},
-        ["response: no answer", "a row of plain text", "name the column of answers"],
+        ["does not fit the stage", "plain text", "name the column of answers"],
     ),
     "judged answers": (
         {

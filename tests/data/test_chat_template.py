@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def bound(name: str, **options: Any) -> NamedTemplate:
 @pytest.mark.parametrize("name", template_names())
 def test_each_entry_writes_what_is_known_of_it(golden: Any, name: str, key: str) -> None:
     case, _, option = key.partition("|")
-    template = bound(name, enable_thinking=not option, adds_end=False)
+    template = bound(name, enable_thinking=not option, is_bare=True)
     [turns] = template.render(conversation(golden["inputs"][case]))
     today = f"{date.today():%d %b %Y}"
     expected = json.loads(json.dumps(golden["templates"][name][key]).replace("{{TODAY}}", today))
@@ -165,9 +166,58 @@ def test_results_of_parallel_calls_share_one_observation() -> None:
 def test_efficient_eos_adds_an_end_token_behind_the_last_answer_only() -> None:
     talk = dialogue("a", "b", "c", "d")
     [turns] = bound("glm4").render(talk)
-    assert [sides[1] for sides in text(turns)] == ["\nb", "\nd<EOS>"]
+    assert text(turns) == [
+        ["[gMASK]<sop><|user|>\na<|assistant|>", "\nb<|user|>"],
+        ["\nc<|assistant|>", "\nd<EOS>"],
+    ]
+    assert turns[0].answer[-1].trainable
     assert turns[-1].answer[-1].trainable
+    [turns] = bound("glm4").render(TOOL_DIALOGUE)
+    assert text(turns)[0][1].endswith("<|observation|>")
     assert "<EOS>" not in "".join(segment.text for segment in bound("glm4").render_prompt(talk))
+
+
+def test_an_end_token_that_history_does_not_have_makes_each_answer_a_sequence() -> None:
+    first, second = bound("solar").render(dialogue("a", "b", "c", "d"))
+    assert text(first) == [["### User:\na\n\n### Assistant:\n", "b<EOS>"]]
+    assert text(second) == [
+        ["### User:\na\n\n### Assistant:\n", "b"],
+        ["### User:\nc\n\n### Assistant:\n", "d<EOS>"],
+    ]
+    assert [segment.trainable for turn in second for segment in turn.answer] == [False, True, True]
+
+
+OTHER_ENDS = {"deepseekcoder": "<|EOT|>", "granite3": "<|end_of_text|>"}
+"""The end token of these models' tokenizers, which their slots write out."""
+
+
+@pytest.mark.parametrize("name", template_names())
+def test_every_supervised_answer_ends_with_what_stops_generation(name: str) -> None:
+    template = NamedTemplate(record=find_record(name), bos="<BOS>", eos=OTHER_ENDS.get(name, "<EOS>"))
+    for talk in (dialogue("a", "b", "c", "d", system="s"), TOOL_DIALOGUE):
+        answers = [turn for turns in template.render(talk) for turn in turns if turn.answer[-1].trainable]
+        places = [place for place, message in enumerate(talk.messages) if message.role == "assistant"]
+        assert [turn.message_index for turn in answers] == places
+        for turn in answers:
+            ends = (
+                "".join(segment.text for segment in turn.answer)
+                .rstrip()
+                .endswith((template.eos, *template.stop_words))
+            )
+            assert ends == (name != "empty")  # which writes nothing but the texts
+
+
+@pytest.mark.parametrize("name", template_names())
+def test_every_supervised_answer_stands_behind_what_generation_sees(name: str) -> None:
+    template = bound(name)
+    for talk in (dialogue("a", "b", "c", "<think>\nx\n</think>\n\nd", "e", "f", system="s"), TOOL_DIALOGUE):
+        for turns in template.render(talk):
+            for number, turn in enumerate(turns):
+                if not turn.answer[-1].trainable:
+                    continue
+                before = "".join("".join(sides) for sides in text(turns[:number])) + text((turn,))[0][0]
+                asked = replace(talk, messages=talk.messages[: turn.message_index])
+                assert before == "".join(segment.text for segment in template.render_prompt(asked))
 
 
 def test_the_system_text_of_some_families_is_inside_the_first_user_message() -> None:

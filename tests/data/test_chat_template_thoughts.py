@@ -24,8 +24,7 @@ def joined(segments: tuple[Segment, ...]) -> str:
 
 
 def answers(template: NamedTemplate, conversation: Conversation) -> list[str]:
-    [turns] = template.render(conversation)
-    return [joined(turn.answer) for turn in turns]
+    return [joined(turns[-1].answer) for turns in template.render(conversation)]
 
 
 def test_an_empty_thought_is_supervised_only_where_answers_shall_think() -> None:
@@ -90,8 +89,9 @@ def test_only_false_closes_the_thought_before_a_new_answer() -> None:
 def test_the_last_answer_is_trained_behind_what_generation_sees(name: str, choice: bool | None) -> None:
     opening, closing = find_record(name).thought_words
     talk = dialogue("a", f"{opening}One.{closing}1", "b", "2")
-    template = bound(name, enable_thinking=choice, strips_history=True)
-    [turns] = template.render(talk)
+    template = bound(name, enable_thinking=choice)
+    *others, turns = template.render(talk)
+    assert not (others and any(segment.trainable for turn in turns[:-1] for segment in turn.answer))
     shown = "".join(joined(turn.prompt) + joined(turn.answer) for turn in turns[:-1]) + joined(turns[-1].prompt)
     prompt = joined(template.render_prompt(dialogue("a", f"{opening}One.{closing}1", "b")))
     empty = template.record.empty_thought if choice is None else ""  # without a choice, a row decides for itself
@@ -101,8 +101,18 @@ def test_the_last_answer_is_trained_behind_what_generation_sees(name: str, choic
 
 def test_thoughts_that_are_kept_are_kept_in_training_too() -> None:
     talk = dialogue("a", ONE, "b", TWO)
-    assert "One." not in answers(bound(strips_history=True), talk)[0]
-    assert "One." in answers(bound(strips_history=True, preserve_thinking=True), talk)[0]
+    first, second = bound().render(talk)
+    assert "One." in joined(first[0].answer)
+    assert "One." not in joined(second[0].answer)
+    [together] = bound(preserve_thinking=True).render(talk)
+    assert ["One." in joined(turn.answer) for turn in together] == [True, False]
+    assert all(segment.trainable for turn in together for segment in turn.answer)
+
+
+def test_dialogues_without_thoughts_are_one_sequence_where_past_turns_are_written_alike() -> None:
+    assert len(bound("qwen3").render(dialogue("a", "b", "c", "d"))) == 2  # an empty thought is left out later
+    assert len(bound("qwen3", preserve_thinking=True).render(dialogue("a", "b", "c", "d"))) == 1
+    assert len(bound("qwen3_nothink").render(dialogue("a", ONE, "c", TWO))) == 1
 
 
 def test_text_behind_a_thought_keeps_its_shape() -> None:

@@ -124,7 +124,7 @@ def test_the_mask_is_the_answer_and_its_stop(tokenizer: Any, file: Path, capsys:
 
 
 def test_turns_are_split_between_sequences_only_where_history_is_rewritten(
-    tokenizer: Any, capsys: pytest.CaptureFixture[str]
+    tokenizer: Any,
 ) -> None:
     rewriting = (
         "{% for m in messages %}[{{ m.role }}]"
@@ -138,7 +138,6 @@ def test_turns_are_split_between_sequences_only_where_history_is_rewritten(
         "[user]a[assistant]b</s>[user]c[assistant]d</s>",
     ]
     assert [supervised(turns[0]) for turns in sequences] == ["think|b</s>", "d</s>"]
-    assert "writes earlier answers otherwise" in capsys.readouterr().err
     [together] = template.render(dialogue("a", "b", "c", "d"))
     assert len(together) == 2
 

@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamafactory.data.data_report import LostRow
-from llamafactory.data.encode import EncodedTurn, assemble, clean_backend, cut_places
+from llamafactory.data.encode import EncodedTurn, assemble, clean_backend, cut_places, kept_lengths
 from llamafactory.data.pipeline import prepare_data
 from llamafactory.data.preview import ShownRow, decode_part, preview_rows, show_example
 from llamafactory.data.registry import find_specs
 from llamafactory.data.template_choice import build_template
-from llamafactory.data.types import IGNORE_INDEX, Example
+from llamafactory.data.types import IGNORE_INDEX, Example, ViewName
 from llamafactory.hparams.data import DataConfig
 
 ROWS = [
@@ -25,10 +25,12 @@ ROWS = [
 ]
 
 
-def shown_rows(config: DataConfig, tokenizer: Any, num_rows: int = 3, template: str = "chatml") -> list[Any]:
+def shown_rows(
+    config: DataConfig, tokenizer: Any, num_rows: int = 3, template: str = "chatml", view: ViewName = "sft"
+) -> list[Any]:
     (spec,) = find_specs(config.dataset, config.dataset_dir)
-    found = preview_rows(spec, config, build_template(template, tokenizer), tokenizer, seed=0, num_rows=num_rows)
-    return list(found)
+    written = build_template(template, tokenizer)
+    return list(preview_rows(spec, config, written, tokenizer, seed=0, num_rows=num_rows, view=view))
 
 
 @pytest.mark.parametrize("options", [{}, {"cutoff_len": 24}, {"train_on_prompt": True}])
@@ -88,7 +90,7 @@ def test_cuts_are_where_truncation_took_tokens_out(
         for prompt, answer in lengths
     ]
     example = assemble(turns, cutoff_len, keep_last=keep_last)
-    cuts = cut_places(turns, cutoff_len, keep_last=keep_last)
+    cuts = cut_places(turns, kept_lengths(turns, cutoff_len, keep_last=keep_last))
     ids = example.input_ids.tolist()
     total = sum(prompt + answer for prompt, answer in lengths)
     edges = [-1, *ids, total]
@@ -150,3 +152,23 @@ def test_rows_that_become_several_examples(data_config: Callable[..., DataConfig
     (row,) = shown_rows(config, Own(), template="auto")
     assert len(row.examples) == 2
     assert "..." in row.examples[1].spans[0].text
+
+
+def test_pairs_and_judged_answers_say_what_they_are(data_config: Callable[..., DataConfig], tokenizer: Any) -> None:
+    from llamafactory.commands.data_preview import render_row
+
+    pair = data_config(
+        [{"q": "Hi", "good": "Hello.", "bad": "What?"}],
+        entry={"ranking": True, "columns": {"prompt": "q", "chosen": "good", "rejected": "bad"}},
+    )
+    (row,) = shown_rows(pair, tokenizer, view="pairs")
+    lines = "\n".join(render_row(row, is_coloured=False, has_ids=False)).splitlines()
+    assert [line.split(":")[0] for line in lines if "tokens" in line] == ["chosen", "rejected"]
+    assert "⟦Hello.<|im_end|>" in lines
+    assert "⟦What?<|im_end|>" in lines
+    judged = data_config(
+        [{"q": "Hi", "a": "Hello.", "liked": False}],
+        entry={"columns": {"prompt": "q", "response": "a", "kto_tag": "liked"}},
+    )
+    (row,) = shown_rows(judged, tokenizer, view="feedback")
+    assert "the answer is undesirable" in "\n".join(render_row(row, is_coloured=False, has_ids=False))

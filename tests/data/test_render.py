@@ -79,11 +79,14 @@ def test_prompts_are_not_trained_again_and_again_where_history_is_rewritten() ->
     assert turns[0].message_index == 3
 
 
-def test_of_rewritten_history_only_the_last_answer_may_be_kept_and_that_is_counted() -> None:
+def test_of_rewritten_history_only_the_last_answer_may_be_kept_and_that_is_counted(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     template = Rewriting(record=find_record("chatml"))
     counts: Counter[str] = Counter()
     assert len(render_turns(TWO_TURNS, template, MaskOptions(), counts=counts)) == 2
     assert counts == {REWRITTEN: 1, LEFT_OUT: 0}
+    assert "each becomes a training sequence of its own" in capsys.readouterr().err
     [turns] = render_turns(TWO_TURNS, template, MaskOptions(rewritten_history="last"), counts=counts)
     assert turns[0].message_index == 3
     assert counts == {REWRITTEN: 2, LEFT_OUT: 1}

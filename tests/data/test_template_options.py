@@ -94,9 +94,8 @@ def test_thinking_options_reach_the_template() -> None:
     assert joined(closed.render_prompt(talk)).endswith("<think>\n\n</think>\n\n")
     kept: Any = build_template("qwen3", Bare(), preserve_thinking=True)
     assert "One." in joined(kept.render_prompt(talk))
-    stripped: Any = build_template("qwen3", Bare(), strips_history=True)
-    [turns] = stripped.render(dialogue("a", "<think>\nOne.\n</think>\n\n1", "b", "2"))
-    assert "One." not in joined(turns[0].answer)
+    [turns] = kept.render(dialogue("a", "<think>\nOne.\n</think>\n\n1", "b", "2"))
+    assert "One." in joined(turns[0].answer)
 
 
 @given(
@@ -115,7 +114,7 @@ def test_turns_joined_are_the_rendered_whole(
         eos="</s>",
         enable_thinking=choice,
         preserve_thinking=True,
-        adds_end=False,
+        is_bare=True,
     )
     [turns] = template.render(talk)
     tail = template.record.empty_thought if choice is False else ""

@@ -27,7 +27,9 @@ def main(argv: list[str]) -> int:
 
     checked: list[CheckedDataset] = []
     for _, spec in inputs.datasets:
-        checked.append(check_dataset(spec, inputs.data, inputs.template, inputs.tokenizer, seed=inputs.seed))
+        checked.append(
+            check_dataset(spec, inputs.data, inputs.template, inputs.tokenizer, seed=inputs.seed, view=inputs.view)
+        )
         if "json" not in own:
             print("\n".join(render(checked[-1])))
     is_ok = not any(one.problems for one in checked)

@@ -12,7 +12,7 @@ from llamafactory.commands.data_help import SUB_COMMANDS
 from llamafactory.extras.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
-    from llamafactory.data.types import DatasetSpec, Template
+    from llamafactory.data.types import DatasetSpec, Template, ViewName
     from llamafactory.hparams.data import DataConfig
 
 
@@ -24,13 +24,14 @@ class UsedDataset(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What a sub-command works on; tokenizer, template and seed are those of training."""
+    """What a sub-command works on; tokenizer, template, seed and the view of rows are those of training."""
 
     data: DataConfig
     tokenizer: Any
     template: Template
     seed: int
     datasets: list[UsedDataset]
+    view: ViewName
 
 
 def split_words(name: str, argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -67,11 +68,13 @@ def load_inputs(words: list[str]) -> Inputs:
     config = load_config(words, command="data")
     from llamafactory.data.registry import find_specs
     from llamafactory.train.build import data_seed, load_text
+    from llamafactory.train.stage import load_stage
 
     uses = (("train", config.data.dataset), ("eval", config.data.eval_dataset))
     datasets = [UsedDataset(use, spec) for use, names in uses for spec in find_specs(names, config.data.dataset_dir)]
     tokenizer, template = load_text(config)
-    return Inputs(config.data, tokenizer, template, data_seed(config), datasets)
+    view = load_stage(config.train.stage).view
+    return Inputs(config.data, tokenizer, template, data_seed(config), datasets, view)
 
 
 def has_colour() -> bool:

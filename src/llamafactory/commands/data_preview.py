@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _DEFAULT_ROWS = "3"
 _SUPERVISED, _MARK, _DIM, _RESET = "\x1b[30;42m", "\x1b[97;41m", "\x1b[2m", "\x1b[0m"
+_NAMES = {"pairs": ("chosen", "rejected"), "prompts": ("prompt", "answer of the row")}
 _OPEN, _CLOSE, _BREAK = "⟦", "⟧", "↵"
 
 
@@ -34,7 +35,9 @@ def main(argv: list[str]) -> int:
     records: list[dict[str, Any]] = []
     is_coloured = has_colour()
     for use, spec in inputs.datasets:
-        found = preview_rows(spec, inputs.data, inputs.template, inputs.tokenizer, seed=inputs.seed, num_rows=num_rows)
+        found = preview_rows(
+            spec, inputs.data, inputs.template, inputs.tokenizer, seed=inputs.seed, num_rows=num_rows, view=inputs.view
+        )
         for row in found:
             if "json" in own:
                 records.append({"use": use} | as_record(row, has_ids="ids" in own))
@@ -51,12 +54,16 @@ def render_row(row: ShownRow, *, is_coloured: bool, has_ids: bool) -> Iterator[s
     """The lines of one row for people."""
     yield f"── {row.dataset} · {row.origin}" + (f" · not used: {row.reason}" if row.reason else "")
     count = len(row.examples)
-    if count > 1:
+    names = _NAMES.get(row.view, ()) if count > 1 else ()
+    if count > 1 and not names:
         yield f"one row becomes {count} training sequences, because the template rewrites history"
     if row.num_left_out:
         yield f"{row.num_left_out} earlier answers are left out, because the template rewrites history"
+    if row.is_liked is not None:
+        yield "the answer is desirable" if row.is_liked else "the answer is undesirable"
     for number, example in enumerate(row.examples, start=1):
         title = f"sequence {number} of {count}: " if count > 1 else ""
+        title = f"{names[number - 1]}: " if names else title
         title += f"{example.num_tokens:,} tokens, {example.num_supervised:,} supervised"
         title += f", {example.num_cut:,} cut away" if example.num_cut else ""
         title += "" if example.is_used or row.reason else ", not used"
@@ -104,7 +111,7 @@ def as_record(row: ShownRow | LostRow, *, has_ids: bool) -> dict[str, Any]:
     from llamafactory.data.preview import ShownRow
 
     if not isinstance(row, ShownRow):
-        return {"dataset": row.dataset, "origin": row.origin, "reason": row.render(), "examples": []}
+        return {"dataset": row.dataset, "origin": row.origin, "reason": row.render(), "label": None, "examples": []}
     examples = [asdict(example) for example in row.examples]
     if not has_ids:
         for example in examples:
@@ -114,6 +121,7 @@ def as_record(row: ShownRow | LostRow, *, has_ids: bool) -> dict[str, Any]:
         "origin": row.origin,
         "reason": row.reason or None,
         "num_left_out": row.num_left_out,
+        "label": row.is_liked,
         "examples": examples,
     }
 

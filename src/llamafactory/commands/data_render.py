@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -97,10 +96,10 @@ def _template_finder(name: str, tokenizer_path: str | None) -> Callable[[bool | 
         except DataError as error:
             problem = Problem(key="--template", given=name, message=error.what, allowed=error.expected, fix=error.fix)
             raise ConfigError(problem) from error
-        # The end token that training adds behind the last answer is not the template's own text.
-        record = replace(record, efficient_eos=False)
         if tokenizer_path is None:
-            return lambda thinking: NamedTemplate(record=record, bos=_BOS, eos=_EOS, enable_thinking=thinking)
+            return lambda thinking: NamedTemplate(
+                record=record, bos=_BOS, eos=_EOS, enable_thinking=thinking, is_bare=True
+            )
     from llamafactory.compose import load_config
 
     config = load_config({"model_name_or_path": tokenizer_path, "template": name}, command="chat")
@@ -111,7 +110,7 @@ def _template_finder(name: str, tokenizer_path: str | None) -> Callable[[bool | 
     if record is None:
         return lambda thinking: build_template(name, tokenizer, enable_thinking=thinking)
     bos, eos = str(tokenizer.bos_token or ""), str(tokenizer.eos_token or "")
-    return lambda thinking: NamedTemplate(record=record, bos=bos, eos=eos, enable_thinking=thinking)
+    return lambda thinking: NamedTemplate(record=record, bos=bos, eos=eos, enable_thinking=thinking, is_bare=True)
 
 
 def _lines(file: Path) -> Iterator[tuple[int, str]]:

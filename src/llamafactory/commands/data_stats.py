@@ -24,7 +24,10 @@ def main(argv: list[str]) -> int:
     from llamafactory.data.statistics import measure_dataset, mix_shares
 
     found = [
-        (use, measure_dataset(spec, inputs.data, inputs.template, inputs.tokenizer, seed=inputs.seed))
+        (
+            use,
+            measure_dataset(spec, inputs.data, inputs.template, inputs.tokenizer, seed=inputs.seed, view=inputs.view),
+        )
         for use, spec in inputs.datasets
     ]
     trained = [part for use, part in found if use == "train"]

@@ -9,13 +9,24 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any, cast
 
 from llamafactory.data.templates.index import entry_names, read_entry
 from llamafactory.data.tool_formats import ToolFormat, find_tool_format
 from llamafactory.data.types import Conversation, Message, Piece, Segment, Turn
+from llamafactory.data.written_answer import (
+    Answer,
+    AnswerEnd,
+    literal,
+    markup,
+    role_groups,
+    segments_of,
+    text_of,
+    until,
+    with_ends,
+)
 from llamafactory.extras.errors import DataError
 from llamafactory.extras.suggest import did_you_mean
 
@@ -39,7 +50,7 @@ class ChatTemplate:
         default_system: system text of a conversation that has none.
         stop_words: texts that end an answer, besides the tokenizer's end token.
         replace_eos: `{{eos}}`, and the token that ends generation, is the first stop word.
-        efficient_eos: the answer slot has no end token; one is added behind the last answer for training.
+        efficient_eos: the answer slot has no end token; one is added behind answers for training.
         thought_words: what opens and what closes a thought in an answer.
         empty_thought: what stands before an answer without a thought; empty: the models do not think.
         past_thought: what stands before an answer whose thought is left out because its turn is past.
@@ -110,6 +121,10 @@ class NamedTemplate:
     an empty one, supervised if `enable_thinking` is True, else as part of the prompt. False takes the thoughts out of
     all answers. Before a new answer, thoughts of past turns (up to the last user message) are left out.
 
+    Training sees what generation sees: where a whole dialogue shows an earlier answer otherwise than it was generated
+    (its thought is left out, or it ends with a token that history does not have), each answer is a sequence of its
+    own.
+
     Attributes:
         record: the markup.
         bos: the tokenizer's begin token.
@@ -118,8 +133,7 @@ class NamedTemplate:
         tool_format_name: replaces the record's own; None: does not.
         enable_thinking: True: answers think; False: they do not; None: each as its row does.
         preserve_thinking: thoughts of past turns stay before a new answer.
-        strips_history: training leaves thoughts of past turns out, too: right where only last answers are trained.
-        adds_end: False leaves out the end token that `efficient_eos` adds: the bare text of the template.
+        is_bare: one rendering of the whole dialogue as the slots write it: no added end, all thoughts.
     """
 
     record: ChatTemplate
@@ -129,8 +143,7 @@ class NamedTemplate:
     tool_format_name: str | None = None
     enable_thinking: bool | None = True
     preserve_thinking: bool = False
-    strips_history: bool = False
-    adds_end: bool = True
+    is_bare: bool = False
 
     @property
     def name(self) -> str:
@@ -153,35 +166,75 @@ class NamedTemplate:
         return find_tool_format(self.tool_format_name or self.record.tool_format)
 
     def render(self, conversation: Conversation) -> Sequence[tuple[Turn, ...]]:
-        """One sequence of turns; messages after the last answer are left out."""
+        """One sequence of turns, or one for each answer; messages after the last answer are left out."""
+        answers, _ = self._write(conversation, leaves_past_thoughts=False)
+        if self.is_bare or not answers:
+            return [self._turns(answers)]
+        ends = [self._end(answer, following) for answer, following in zip(answers, [*answers[1:], None], strict=True)]
+        if self._is_shown_as_generated(conversation, answers, ends):
+            return [self._turns(with_ends(answers, ends))]
+        return [self._alone(conversation, *pair) for pair in zip(answers, ends, strict=True)]
+
+    def _is_shown_as_generated(
+        self, conversation: Conversation, answers: Sequence[Answer], ends: Sequence[AnswerEnd]
+    ) -> bool:
+        """Whether one rendering holds, before each answer, what generation sees."""
+        if not all(end.is_in_history for end in ends[:-1]):
+            return False
+        if self.preserve_thinking or not self.record.is_reasoning:
+            return True
+        seen, _ = self._write(until(conversation, answers[-1].index), leaves_past_thoughts=True)
+        return [text_of(answer.pieces) for answer in seen] == [text_of(answer.pieces) for answer in answers]
+
+    def _alone(self, conversation: Conversation, answer: Answer, end: AnswerEnd) -> tuple[Turn, ...]:
+        """A sequence in which only this answer carries loss; what is before it is what generation sees."""
+        shown = until(conversation, answer.index)
+        written, _ = self._write(shown, leaves_past_thoughts=not self.preserve_thinking)
+        last = replace(written[-1], answer=written[-1].answer + end.pieces)
+        return (*self._turns(written[:-1], trainable=False), *self._turns([last]))
+
+    def _turns(self, answers: Sequence[Answer], *, trainable: bool = True) -> tuple[Turn, ...]:
         turns: list[Turn] = []
-        answers, _ = self._write(conversation, leaves_past_thoughts=self.strips_history and not self.preserve_thinking)
         for written in answers:
             asked, answer = written.question, written.answer
             if self.enable_thinking:
                 answer = written.empty_thought + answer
             else:
                 asked = asked + written.empty_thought
-            if self.record.efficient_eos and self.adds_end and written is answers[-1]:
-                answer = answer + self._fill("{{eos}}", [])
-            prompt, target = _segments(asked), _segments(answer, trainable=True)
-            turns.append(Turn(prompt=prompt, answer=target, message_index=written.index))
-        return [tuple(turns)]
+            target = segments_of(answer, trainable=trainable)
+            turns.append(Turn(prompt=segments_of(asked), answer=target, message_index=written.index))
+        return tuple(turns)
+
+    def _end(self, answer: Answer, following: Answer | None) -> AnswerEnd:
+        """What closes an answer for training, besides its slot."""
+        if following is None and (answer.is_open or self.record.efficient_eos):
+            return AnswerEnd(pieces=self._fill("{{eos}}", []))
+        if following is None or not answer.is_open:
+            return AnswerEnd(pieces=[])
+        question = text_of(following.question)
+        if stop := next((word for word in self.stop_words if word and question.startswith(word)), ""):
+            return AnswerEnd(pieces=[Piece(stop)])
+        return AnswerEnd(pieces=self._fill("{{eos}}", []), is_in_history=False)
+
+    def _closes(self, slot: str) -> bool:
+        """Whether a slot ends with what stops generation."""
+        stops = tuple(word for word in (self.eos, *self.stop_words) if word)
+        return text_of(self._fill(slot, [])).rstrip().endswith(stops)
 
     def render_prompt(self, conversation: Conversation) -> tuple[Segment, ...]:
         """The text before the next answer."""
         answers, question = self._write(conversation, leaves_past_thoughts=not self.preserve_thinking)
         pieces = [piece for written in answers for piece in written.pieces] + question
-        return _segments(pieces + (_markup(self.record.empty_thought) if self.enable_thinking is False else []))
+        return segments_of(pieces + (markup(self.record.empty_thought) if self.enable_thinking is False else []))
 
-    def _write(self, conversation: Conversation, *, leaves_past_thoughts: bool) -> tuple[list[_Answer], list[Piece]]:
+    def _write(self, conversation: Conversation, *, leaves_past_thoughts: bool) -> tuple[list[Answer], list[Piece]]:
         """All answers, each with what is before it, and what is behind the last one."""
         messages = conversation.messages
         last_user = max((index for index, message in enumerate(messages) if message.role == "user"), default=0)
         num_past = last_user if leaves_past_thoughts else 0
-        answers: list[_Answer] = []
+        answers: list[Answer] = []
         question, system = self._opening(conversation)
-        for start, group in _groups(messages):
+        for start, group in role_groups(messages):
             if group[0].role == "assistant":
                 for index, message in enumerate(group, start):
                     answers.append(self._answer(message, index, question, is_past=index < num_past))
@@ -196,7 +249,7 @@ class NamedTemplate:
         messages, tools = conversation.messages, conversation.tools
         own_default = self.record.default_system if self.default_system is None else self.default_system
         text = messages[0].content if messages and messages[0].role == "system" else own_default
-        content = _literal(text) + (self._describe(tools) if tools else [])
+        content = literal(text) + (self._describe(tools) if tools else [])
         prefix = self._fill(self.record.prefix, [])
         system = self._fill(self.record.system, content) if content or tools is not None else []
         if self.record.system_in_user and any(message.role == "user" for message in messages):
@@ -206,18 +259,18 @@ class NamedTemplate:
     def _describe(self, tools: Sequence[Mapping[str, object]]) -> list[Piece]:
         if self.record.tools is None or self.tool_format_name:
             return self.tool_format.describe_tools(tools)
-        return self._fill(self.record.tools, _literal(json.dumps(list(tools), ensure_ascii=False)))
+        return self._fill(self.record.tools, literal(json.dumps(list(tools), ensure_ascii=False)))
 
     def _question(self, group: Sequence[Message], system: Sequence[Piece]) -> list[Piece]:
         if group[0].role == "system":
             return []
         if group[0].role == "user":
-            contents = [[*(system if place == 0 else ()), *_literal(m.content)] for place, m in enumerate(group)]
+            contents = [[*(system if place == 0 else ()), *literal(m.content)] for place, m in enumerate(group)]
             return [piece for content in contents for piece in self._fill(self.record.user, content)]
         slot = self.record.user if self.record.observation is None else self.record.observation
         return self._fill(slot, self.tool_format.join_results([message.content for message in group]))
 
-    def _answer(self, message: Message, index: int, question: list[Piece], *, is_past: bool) -> _Answer:
+    def _answer(self, message: Message, index: int, question: list[Piece], *, is_past: bool) -> Answer:
         record, text, empty = self.record, message.content, ""
         if record.is_reasoning:
             opening, closing = (word.strip() for word in record.thought_words)
@@ -232,17 +285,18 @@ class NamedTemplate:
             content += self.tool_format.render_calls(message.tool_calls)
         slot = record.assistant if record.function is None or not message.tool_calls else record.function
         pieces = self._fill(slot, content)
-        return _Answer(index=index, question=question, empty_thought=_markup(empty), answer=pieces)
+        is_open = not self._closes(slot) and (record.efficient_eos or self._closes(record.assistant))
+        return Answer(index=index, question=question, empty_thought=markup(empty), answer=pieces, is_open=is_open)
 
     def _spoken(self, text: str) -> list[Piece]:
         """The text of an answer, in which the words around a thought are markup."""
         if not self.record.is_reasoning:
-            return _literal(text)
+            return literal(text)
         words = [word.strip() for word in self.record.thought_words]
         match = _thought_pattern(*words).search(text)
         if match is None:
-            return _literal(text)
-        sides = [_literal(side) for side in (text[: match.start()], match[1], text[match.end() :])]
+            return literal(text)
+        sides = [literal(side) for side in (text[: match.start()], match[1], text[match.end() :])]
         return [*sides[0], Piece(words[0]), *sides[1], Piece(words[1]), *sides[2]]
 
     def _fill(self, slot: str, content: Sequence[Piece]) -> list[Piece]:
@@ -259,43 +313,6 @@ class NamedTemplate:
         return [piece for piece in pieces if piece.text]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Answer:
-    """One answer as written, and the text between the answer before it and this one."""
-
-    index: int
-    question: list[Piece]
-    empty_thought: list[Piece]
-    answer: list[Piece]
-
-    @property
-    def pieces(self) -> list[Piece]:
-        return self.question + self.empty_thought + self.answer
-
-
 @cache
 def _thought_pattern(opening: str, closing: str) -> re.Pattern[str]:
     return re.compile(f"{re.escape(opening)}(.*?){re.escape(closing)}", re.DOTALL)
-
-
-def _markup(text: str) -> list[Piece]:
-    return [Piece(text)] if text else []
-
-
-def _literal(text: str) -> list[Piece]:
-    return [Piece(text, is_literal=True)] if text else []
-
-
-def _segments(pieces: Sequence[Piece], *, trainable: bool = False) -> tuple[Segment, ...]:
-    return tuple(Segment(text=piece.text, trainable=trainable, is_literal=piece.is_literal) for piece in pieces)
-
-
-def _groups(messages: Sequence[Message]) -> list[tuple[int, Sequence[Message]]]:
-    """Runs of messages of one role, each with the index of its first message."""
-    groups: list[tuple[int, list[Message]]] = []
-    for index, message in enumerate(messages):
-        if groups and groups[-1][1][0].role == message.role:
-            groups[-1][1].append(message)
-        else:
-            groups.append((index, [message]))
-    return list(groups)

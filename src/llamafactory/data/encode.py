@@ -196,27 +196,21 @@ def special_token_pattern(backend: Tokenizer) -> re.Pattern[str] | None:
 
 
 def assemble(turns: Sequence[EncodedTurn], cutoff_len: int, *, keep_last: bool = False) -> Example:
-    """One training example of at most `cutoff_len` tokens.
+    """One training example of at most `cutoff_len` tokens, cut turn by turn as `kept_lengths` says."""
+    return assemble_kept(turns, kept_lengths(turns, cutoff_len, keep_last=keep_last))
 
-    Cuts turn by turn: what is left of the budget is shared between a turn's prompt and its answer by `share_budget`;
-    turns behind the budget are left out.
 
-    Args:
-        turns: the sequence.
-        cutoff_len: budget in tokens.
-        keep_last: give the budget to the last turns first (only the last answer is trained).
-    """
+def assemble_kept(turns: Sequence[EncodedTurn], kept: Sequence[tuple[int, int]]) -> Example:
+    """The example of the first tokens of each turn's prompt and answer, as many as `kept` says."""
     total = sum(len(turn.prompt_ids) + len(turn.answer_ids) for turn in turns)
-    kept: list[tuple[Sequence[int], Sequence[float]]] = []
-    for turn, (num_prompt, num_answer) in zip(
-        turns, kept_lengths(turns, cutoff_len, keep_last=keep_last), strict=True
-    ):
-        kept += [
+    sides: list[tuple[Sequence[int], Sequence[float]]] = []
+    for turn, (num_prompt, num_answer) in zip(turns, kept, strict=True):
+        sides += [
             (turn.prompt_ids[:num_prompt], turn.prompt_weights[:num_prompt]),
             (turn.answer_ids[:num_answer], turn.answer_weights[:num_answer]),
         ]
-    ids = np.array([token for side in kept for token in side[0]], dtype=np.int32)
-    weights = np.array([weight for side in kept for weight in side[1]], dtype=np.float32)
+    ids = np.array([token for side in sides for token in side[0]], dtype=np.int32)
+    weights = np.array([weight for side in sides for weight in side[1]], dtype=np.float32)
     return Example(
         input_ids=ids,
         labels=np.where(weights != 0, ids, np.int32(IGNORE_INDEX)),
@@ -226,7 +220,16 @@ def assemble(turns: Sequence[EncodedTurn], cutoff_len: int, *, keep_last: bool =
 
 
 def kept_lengths(turns: Sequence[EncodedTurn], cutoff_len: int, *, keep_last: bool = False) -> list[tuple[int, int]]:
-    """How many tokens of each turn's prompt and answer `assemble` keeps, both counted from the side's start."""
+    """How many tokens of each turn's prompt and answer are kept, both counted from the side's start.
+
+    Turn by turn, what is left of the budget is shared between a turn's prompt and its answer by `share_budget`; turns
+    behind the budget are left out.
+
+    Args:
+        turns: the sequence.
+        cutoff_len: budget in tokens.
+        keep_last: give the budget to the last turns first (only the last answer is trained).
+    """
     lengths: list[tuple[int, int]] = []
     budget = cutoff_len
     for turn in reversed(turns) if keep_last else turns:
@@ -236,12 +239,12 @@ def kept_lengths(turns: Sequence[EncodedTurn], cutoff_len: int, *, keep_last: bo
     return lengths[::-1] if keep_last else lengths
 
 
-def cut_places(turns: Sequence[EncodedTurn], cutoff_len: int, *, keep_last: bool = False) -> dict[int, int]:
-    """Where `assemble` took tokens out: position among the ids that stay -> number of tokens that stood there."""
+def cut_places(turns: Sequence[EncodedTurn], kept: Sequence[tuple[int, int]]) -> dict[int, int]:
+    """Where `assemble_kept` took tokens out: position among the ids that stay -> how many stood there."""
     places: dict[int, int] = {}
     position = 0
-    for turn, kept in zip(turns, kept_lengths(turns, cutoff_len, keep_last=keep_last), strict=True):
-        for ids, num_kept in zip((turn.prompt_ids, turn.answer_ids), kept, strict=True):
+    for turn, counts in zip(turns, kept, strict=True):
+        for ids, num_kept in zip((turn.prompt_ids, turn.answer_ids), counts, strict=True):
             position += num_kept
             if num_kept < len(ids):
                 places[position] = places.get(position, 0) + len(ids) - num_kept

@@ -112,11 +112,6 @@ class JinjaTemplate:
             )
         if (joined := _join(spans, places)) is not None:
             return [joined] if joined else []
-        note(
-            "the tokenizer's chat template writes earlier answers otherwise than they were generated; "
-            "each answer of a longer dialogue becomes a training sequence of its own",
-            once=True,
-        )
         return [(_turn(span, place),) for span, place in zip(spans, places, strict=True)]
 
     def render_prompt(self, conversation: Conversation) -> tuple[Segment, ...]:

@@ -11,9 +11,11 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from llamafactory.data.data_report import LostRow
-from llamafactory.data.encode import Encoder, clean_backend, cut_places
-from llamafactory.data.pipeline import encode_rows, keep_examples, open_reader
-from llamafactory.data.types import IGNORE_INDEX, DatasetSpec, Example, Template
+from llamafactory.data.encode import clean_backend, cut_places
+from llamafactory.data.encoded_rows import RowEncoder, encode_rows, open_reader
+from llamafactory.data.render import LEFT_OUT
+from llamafactory.data.table import NO_FLAG
+from llamafactory.data.types import IGNORE_INDEX, DatasetSpec, Example, Template, ViewName
 from llamafactory.extras.errors import DataError
 from llamafactory.hparams.data import DataConfig
 
@@ -53,9 +55,13 @@ class ShownExample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShownRow:
-    """One row; several examples where the template rewrites history. `reason` says why none of them is used.
+    """One row; several examples where the template rewrites history, or where the view compares answers.
 
-    `num_left_out` counts answers that `rewritten_history: last` leaves out.
+    Attributes:
+        reason: why none of the examples is used.
+        num_left_out: answers that `rewritten_history: last` leaves out.
+        view: how the stage reads rows.
+        is_liked: what the row says about its answer; None where it says nothing.
     """
 
     dataset: str
@@ -63,6 +69,8 @@ class ShownRow:
     examples: tuple[ShownExample, ...]
     reason: str = ""
     num_left_out: int = 0
+    view: ViewName = "sft"
+    is_liked: bool | None = None
 
 
 def preview_rows(
@@ -73,6 +81,7 @@ def preview_rows(
     *,
     seed: int,
     num_rows: int,
+    view: ViewName = "sft",
 ) -> Iterator[ShownRow | LostRow]:
     """The first rows of a data set; rows that break a rule come last, as `LostRow`.
 
@@ -83,35 +92,33 @@ def preview_rows(
         tokenizer: a transformers tokenizer with a Rust backend.
         seed: decides which rows `num_samples` takes.
         num_rows: rows to read at most.
+        view: how the stage reads rows.
 
     Raises:
         DataError: unreadable data.
     """
     backend = clean_backend(tokenizer)
-    encoder = Encoder(tokenizer, is_whole=template.is_tokenized_whole)
+    rows = RowEncoder.from_config(data, view, template, tokenizer)
     first = data.model_copy(update={"max_samples": min(num_rows, data.max_samples or num_rows)})
-    reader = open_reader(spec, first, seed=seed)
-    for row in encode_rows(reader, data, template, encoder):
+    reader = open_reader(spec, first, rows.view, seed=seed)
+    for row in encode_rows(reader, rows):
         try:
-            kept, reason = keep_examples(row.examples, data, row.origin)
+            kept, reason = rows.keep(row.examples, row.origin)
         except DataError as error:
             kept, reason = [], error.what
         used = {id(example) for example in kept}
         shown = [
-            show_example(
-                example,
-                backend,
-                cuts=cut_places(turns, data.cutoff_len, keep_last=data.answers_trained == "last"),
-                is_used=id(example) in used,
-            )
-            for turns, example in zip(row.sequences, row.examples, strict=True)
+            show_example(example, backend, cuts=cut_places(*cut), is_used=id(example) in used)
+            for cut, example in zip(row.cuts, row.examples, strict=True)
         ]
         yield ShownRow(
             dataset=spec.name,
             origin=row.origin,
             examples=tuple(shown),
             reason="" if kept else reason,
-            num_left_out=row.num_left_out,
+            num_left_out=row.counts[LEFT_OUT],
+            view=view,
+            is_liked=None if row.flag == NO_FLAG else bool(row.flag),
         )
     yield from reader.lost
 

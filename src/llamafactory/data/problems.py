@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory.data.data_report import LostRow, has_too_many_bad_rows
-from llamafactory.data.encode import Encoder
-from llamafactory.data.pipeline import NO_TARGET, EncodedRow, encode_rows, keep_examples, open_reader
+from llamafactory.data.encoded_rows import NO_TARGET, EncodedRow, RowEncoder, encode_rows, open_reader
 from llamafactory.data.sources import list_files
-from llamafactory.data.types import DatasetSpec, Template
+from llamafactory.data.types import DatasetSpec, Template, ViewName
 from llamafactory.extras.errors import DataError
 from llamafactory.hparams.data import DataConfig
 
@@ -59,7 +58,7 @@ class CheckedDataset:
 
 
 def check_dataset(
-    spec: DatasetSpec, data: DataConfig, template: Template, tokenizer: Any, *, seed: int
+    spec: DatasetSpec, data: DataConfig, template: Template, tokenizer: Any, *, seed: int, view: ViewName = "sft"
 ) -> CheckedDataset:
     """Read, render and encode every row that training would read, and collect what is wrong.
 
@@ -70,10 +69,11 @@ def check_dataset(
     stops = False
     reader = None
     try:
-        reader = open_reader(spec, data, seed=seed)
-        for row in encode_rows(reader, data, template, Encoder(tokenizer, is_whole=template.is_tokenized_whole)):
+        rows = RowEncoder.from_config(data, view, template, tokenizer)
+        reader = open_reader(spec, data, rows.view, seed=seed)
+        for row in encode_rows(reader, rows):
             try:
-                kept, reason = keep_examples(row.examples, data, row.origin)
+                kept, reason = rows.keep(row.examples, row.origin)
             except DataError as error:
                 stops = True
                 problems.append(_of_error(spec.name, error, field="row"))

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from llamafactory.data.types import Conversation, MaskOptions, Message, Segment, Template, Turn
 from llamafactory.extras.errors import DataError
+from llamafactory.extras.log import note
 from llamafactory.hparams.data import DataConfig
 
 REWRITTEN, LEFT_OUT = "conversations with rewritten history", "answers left out"
@@ -47,7 +48,7 @@ def render_turns(
             f"template '{template.name}' rewrites history, so that each answer becomes a sequence of its own",
             where="train_on_prompt",
             expected="a template that writes history as it was",
-            fix="set train_on_prompt: false, or use conversations of a single turn",
+            fix="set train_on_prompt: false, or use conversations of a single turn; thoughts: preserve_thinking: true",
         )
     last = max((turn.message_index for turns in sequences for turn in turns), default=-1)
     marked = [
@@ -56,6 +57,9 @@ def render_turns(
     ]
     kept = [turns for turns in marked if any(s.trainable for turn in turns for s in (*turn.prompt, *turn.answer))]
     used = kept[-1:] if mask.rewritten_history == "last" else kept
+    if len(kept) > 1:
+        what = "only the last of them is trained" if len(used) == 1 else "each becomes a training sequence of its own"
+        note(f"template {template.name} shows earlier answers otherwise than they were generated; {what}", once=True)
     if counts is not None and len(kept) > 1:
         counts.update({REWRITTEN: 1, LEFT_OUT: len(kept) - len(used)})
     return used

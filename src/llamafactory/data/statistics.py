@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from llamafactory.data.encode import Encoder
-from llamafactory.data.pipeline import NO_TARGET, TOO_LONG, encode_rows, open_reader
-from llamafactory.data.types import DatasetSpec, Example, Template
+from llamafactory.data.encoded_rows import RowEncoder, encode_rows, open_reader
+from llamafactory.data.types import DatasetSpec, Example, Template, ViewName
 from llamafactory.hparams.data import DataConfig
 
 _NUM_BINS = 12
+_WITHOUT_STOP = {"truncate": "truncate", "drop": "drop", "error": "drop"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,25 +63,27 @@ class LengthBin(NamedTuple):
 
 
 def measure_dataset(
-    spec: DatasetSpec, data: DataConfig, template: Template, tokenizer: Any, *, seed: int
+    spec: DatasetSpec, data: DataConfig, template: Template, tokenizer: Any, *, seed: int, view: ViewName = "sft"
 ) -> DatasetStatistics:
     """Read, render and encode every row that training would read, and count.
 
     Raises:
         DataError: unreadable data.
     """
-    reader = open_reader(spec, data, seed=seed)
+    rows = RowEncoder.from_config(
+        data.model_copy(update={"overlong": _WITHOUT_STOP[data.overlong]}), view, template, tokenizer
+    )
+    reader = open_reader(spec, data, rows.view, seed=seed)
     dropped: Counter[str] = Counter()
     totals: Counter[str] = Counter()
     lengths: list[int] = []
     seen: set[bytes] = set()
-    for row in encode_rows(reader, data, template, Encoder(tokenizer, is_whole=template.is_tokenized_whole)):
+    for row in encode_rows(reader, rows):
         lengths += [len(example) + example.num_cut for example in row.examples]
         totals["over"] += any(example.num_cut for example in row.examples)
-        fitting = [example for example in row.examples if not example.num_cut or data.overlong == "truncate"]
-        kept = [example for example in fitting if example.num_supervised]
+        kept, reason = rows.keep(row.examples, row.origin)
         if not kept:
-            dropped[NO_TARGET if fitting or not row.examples else TOO_LONG] += 1
+            dropped[reason] += 1
         totals["kept"] += bool(kept)
         for example in kept:
             totals["examples"] += 1

@@ -32,7 +32,6 @@ def build_template(
     enable_thinking: bool | None = True,
     tool_format: str | None = None,
     preserve_thinking: bool = False,
-    strips_history: bool = False,
 ) -> Template:
     """The template of that name bound to the tokenizer; None or `auto`: the tokenizer's own.
 
@@ -46,7 +45,6 @@ def build_template(
         enable_thinking: True asks the template for answers with a thought, False for answers without; None: neither.
         tool_format: syntax of tool calls of a named template; None: the template's own.
         preserve_thinking: thoughts of past turns stay before a new answer.
-        strips_history: a named template leaves thoughts of past turns out in training, too (see `NamedTemplate`).
 
     Raises:
         DataError: an unknown name, `auto` with a tokenizer that has no chat template, or an option that the template
@@ -78,7 +76,6 @@ def build_template(
         tool_format_name=tool_format,
         enable_thinking=enable_thinking,
         preserve_thinking=preserve_thinking,
-        strips_history=strips_history,
     )
     if tool_format is not None:
         find_tool_format(tool_format)
@@ -94,8 +91,7 @@ def template_of(data: DataConfig, tokenizer: Any) -> Template:
     """The template that a configuration asks for; the same one in training, chat and the data commands.
 
     Args:
-        data: names the template and its options. With `train_on: last` only last answers are trained, so a template of
-            a reasoning model leaves the thoughts of past turns out, as inference does.
+        data: names the template and its options.
         tokenizer: a transformers tokenizer.
     """
     return build_template(
@@ -105,7 +101,6 @@ def template_of(data: DataConfig, tokenizer: Any) -> Template:
         enable_thinking=data.enable_thinking,
         tool_format=data.tool_format,
         preserve_thinking=data.preserve_thinking,
-        strips_history=data.answers_trained == "last" and data.template not in (None, "auto"),
     )
 
 

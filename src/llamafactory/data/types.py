@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
 TrainOn: TypeAlias = Literal["all", "last", "tool_calls"]
 RewrittenHistory: TypeAlias = Literal["split", "last"]
+ViewName: TypeAlias = Literal["sft", "pairs", "feedback", "text", "prompts"]
+"""How a stage reads rows, see `views`."""
 IGNORE_INDEX = -100
 """Label of a position that is not supervised (the value that torch's cross-entropy ignores)."""
 
@@ -120,14 +122,12 @@ class Example:
         labels: int32 `[time]`; `IGNORE_INDEX` where not supervised, else equal to `input_ids` (not shifted).
         weights: float32 `[time]` loss weight of each label, or None when all are 1.
         num_cut: tokens that truncation removed.
-        origin: names the row for messages to people: `file.json:12` or `dataset#12`; empty where nobody knows.
     """
 
     input_ids: NDArray[np.int32]
     labels: NDArray[np.int32]
     weights: NDArray[np.float32] | None = None
     num_cut: int = 0
-    origin: str = ""
 
     def __len__(self) -> int:
         """Number of tokens."""

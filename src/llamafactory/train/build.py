@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from llamafactory.data.template_choice import end_token, template_of
+from llamafactory.data.views import find_view
 from llamafactory.extras import log
 from llamafactory.extras.errors import ConfigError, Problem
 from llamafactory.extras.hardware import measure_gemm_peak
@@ -27,7 +28,7 @@ from llamafactory.train.optim import build_optimizer
 from llamafactory.train.schedule import build_schedule
 from llamafactory.train.stage import Models, load_stage
 from llamafactory.train.step import StageModule
-from llamafactory.train.windows import Schedule, packed_items, single_items
+from llamafactory.train.windows import Schedule, group_items, packed_items, single_items
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -37,7 +38,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
     from llamafactory.data.pipeline import PreparedData
-    from llamafactory.data.types import Example, Template
+    from llamafactory.data.table import Examples
+    from llamafactory.data.types import Template
+    from llamafactory.data.views import View
     from llamafactory.hparams.model import ModelConfig
     from llamafactory.hparams.run_config import RunConfig
     from llamafactory.hparams.section import Section
@@ -156,7 +159,9 @@ def assemble_job(
     stage = load_stage(train.stage)
     module: Any = StageModule(stage, Models(policy=policy, plan=plan), cfg.stage_options)
     pad_id = cast("int", tokenizer.pad_token_id)
-    feed = partial(build_feed, cfg, plan, pad_id=pad_id, num_ranks=accelerator.num_processes)
+    feed = partial(
+        build_feed, cfg, plan, view=find_view(stage.view), pad_id=pad_id, num_ranks=accelerator.num_processes
+    )
     training = feed(data.train, training=True)
     total_steps = training.schedule.total_windows(max_steps=train.max_steps, num_epochs=train.num_train_epochs)
     start, updates = fresh_state(claim.run_id), None
@@ -213,19 +218,24 @@ def _prefix(name: str) -> str:
 
 
 def build_feed(
-    cfg: RunConfig, plan: ModelPlan, examples: Sequence[Example], *, pad_id: int, num_ranks: int, training: bool
+    cfg: RunConfig, plan: ModelPlan, examples: Examples, *, view: View, pad_id: int, num_ranks: int, training: bool
 ) -> Feed:
     """Batches over examples, for training or for evaluation.
 
-    Packed bins hold at most `cutoff_len` tokens and count as one item of `per_device_train_batch_size`.
+    What the batch size counts is one example, or one group where the view keeps those together. Packed bins hold at
+    most `cutoff_len` tokens and count as one.
     """
     train = cfg.train
-    packs = training and bool(examples) and bool(cfg.data.packing or cfg.data.neat_packing)
-    sizes = [len(example) for example in examples]
-    items = packed_items(sizes, cfg.data.cutoff_len) if packs else single_items(len(sizes))
-    if packs:
+    sizes = examples.lengths.tolist()
+    items = group_items(examples.offsets.tolist()) if view.is_whole else single_items(len(sizes))
+    if training and items and (cfg.data.packing or cfg.data.neat_packing):
+        bins = packed_items([sum(sizes[index] for index in item) for item in items], cfg.data.cutoff_len)
+        items = [tuple(index for place in places for index in items[place]) for places in bins]
         filled = sum(sizes) / (len(items) * cfg.data.cutoff_len)
-        log.info(f"packing: {len(sizes)} rows in {len(items)} bins of {cfg.data.cutoff_len} tokens, {filled:.0%} full")
+        log.info(
+            f"packing: {len(sizes):,} examples in {len(items):,} bins of {cfg.data.cutoff_len:,} tokens, "
+            f"{filled:.0%} full; examples of a bin never see each other"
+        )
     schedule = Schedule(
         items=items,
         lengths=[sum(sizes[index] for index in item) for item in items],

@@ -10,6 +10,7 @@ import numpy as np
 
 from llamafactory.data.batch import Batch
 from llamafactory.data.collate import collate_flat, collate_padded
+from llamafactory.data.table import Examples
 from llamafactory.data.types import IGNORE_INDEX, Example
 from llamafactory.train.windows import Item, Schedule
 
@@ -34,13 +35,13 @@ class Feed:
     """Turns a schedule over examples into batches.
 
     Attributes:
-        examples: what the schedule's items point into.
+        examples: what the schedule's items point into; `offsets` and `flags` say what belongs together.
         schedule: which items make up which step.
         layout: flat or padded.
         pad_id: token id that fills padded rows.
     """
 
-    examples: Sequence[Example]
+    examples: Examples
     schedule: Schedule
     layout: Literal["flat", "padded"]
     pad_id: int
@@ -56,11 +57,11 @@ class Feed:
         )
 
     def rows(self, step: int) -> list[str]:
-        """Names of the rows of optimizer step `step` (0-based), over all ranks."""
+        """Names of the examples of optimizer step `step` (0-based), over all ranks; counted from 0, in data order."""
         indices = [
             index for share in self.schedule.window(step) for group in share for item in group for index in item
         ]
-        return [self.examples[index].origin or f"example {index}" for index in indices]
+        return [f"example {index} ({len(self.examples[index])} tokens)" for index in indices]
 
     def cursor(self, step: int) -> dict[str, Any]:
         """Where in the data optimizer step `step` (0-based) begins, for a checkpoint; JSON-able."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from llamafactory.data.batch import Batch
+    from llamafactory.data.types import ViewName
     from llamafactory.hparams.section import Section
     from llamafactory.model.plan import ModelPlan
 
@@ -46,12 +47,12 @@ class Stage:
 
     Attributes:
         name: as in the key `stage`.
-        view: the shape of data it reads.
+        view: how it reads rows: `sft`, `pairs`, `feedback`, `text` or `prompts` (see `data.views`).
         loss: `(models, batch, options) -> LossOutput`.
     """
 
     name: str
-    view: Literal["sft"]
+    view: ViewName
     loss: Callable[[Models, Batch, Section], LossOutput]
 
 

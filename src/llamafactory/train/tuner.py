@@ -53,12 +53,14 @@ def _run(cfg: RunConfig, claim: Claim, stop: StopRequest) -> RunResult:
     from llamafactory.train.loop import fit
     from llamafactory.train.report import package_versions
     from llamafactory.train.rerun import say_what_differs
+    from llamafactory.train.stage import load_stage
 
     tokenizer, template = build.load_text(cfg)
     data = prepare_data(
         cfg.data,
         template,
         tokenizer,
+        view=load_stage(cfg.train.stage).view,
         seed=build.data_seed(cfg),
         for_training=cfg.train.do_train,
         output_dir=claim.output_dir if log.is_main_process() else None,

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,6 +97,11 @@ def _shuffled(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
 def single_items(num_examples: int) -> list[Item]:
     """Every example is an item of its own."""
     return [(index,) for index in range(num_examples)]
+
+
+def group_items(offsets: Sequence[int]) -> list[Item]:
+    """The examples of each group are one item."""
+    return [tuple(range(first, last)) for first, last in pairwise(offsets)]
 
 
 def packed_items(lengths: Sequence[int], capacity: int) -> list[Item]:
