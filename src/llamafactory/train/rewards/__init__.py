@@ -1,0 +1,1 @@
+"""What scores an answer: Python functions, built-in checks, reward models, a service."""
