@@ -156,6 +156,11 @@ class NamedTemplate:
         return self.record.stop_words
 
     @property
+    def end_token(self) -> str:
+        """What `{{eos}}` stands for."""
+        return self.record.stop_words[0] if self.record.replace_eos and self.record.stop_words else self.eos
+
+    @property
     def is_tokenized_whole(self) -> bool:
         """False: prompts and answers are tokenised each on their own, as users of named templates know it."""
         return False
@@ -301,7 +306,7 @@ class NamedTemplate:
 
     def _fill(self, slot: str, content: Sequence[Piece]) -> list[Piece]:
         """The slot with its placeholders filled; markup and row text stay apart."""
-        eos = self.record.stop_words[0] if self.record.replace_eos and self.record.stop_words else self.eos
+        eos = self.end_token
         pieces: list[Piece] = []
         for place, text in enumerate(_PLACEHOLDER.split(slot)):
             if place % 2 == 0:
