@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llamafactory.data.saved_template import CHAT_TEMPLATE_NAME, chat_template_to_save
 from llamafactory.data.template_choice import end_token
 from llamafactory.extras import log
 from llamafactory.extras.errors import ConfigError, LlamaFactoryError, Problem
@@ -29,6 +30,7 @@ from llamafactory.model.method import apply_method
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from llamafactory.hparams.data import DataConfig
     from llamafactory.hparams.model import ModelConfig
     from llamafactory.hparams.run_config import RunConfig
 
@@ -100,7 +102,7 @@ def export_and_verify(cfg: RunConfig) -> ExportProof:
     log.info(f"writing {dtype} weights in files of at most {cfg.export.export_size} GB")
     model = model.to(getattr(torch, dtype))
     model.save_pretrained(str(staging), max_shard_size=f"{cfg.export.export_size}GB")
-    _complete_folder(staging, model, tokenizer)
+    _complete_folder(staging, model, tokenizer, cfg.data)
     del model
     limit = cfg.export.export_max_logit_gap
     proof = _prove(cfg.model, staging, prompts, before, base, MAX_GAP[dtype] if limit is None else limit)
@@ -188,10 +190,12 @@ def _published_dtype(cfg: ModelConfig) -> str | None:
     return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
-def _complete_folder(folder: Path, model: Any, tokenizer: PreTrainedTokenizerFast) -> None:
+def _complete_folder(folder: Path, model: Any, tokenizer: PreTrainedTokenizerFast, data: DataConfig) -> None:
     """Adds what a server needs besides weights: tokenizer with its chat template, generation config."""
     tokenizer.save_pretrained(str(folder))
-    if not tokenizer.chat_template:
+    if (chat_template := chat_template_to_save(data, tokenizer)) is not None:
+        (folder / CHAT_TEMPLATE_NAME).write_text(chat_template, encoding="utf-8")
+    elif not tokenizer.chat_template:
         log.warn("the tokenizer has no chat template, so a server must be told which one this model was trained with")
     if (settings := getattr(model, "generation_config", None)) is not None:
         ends = [] if settings.eos_token_id is None else settings.eos_token_id

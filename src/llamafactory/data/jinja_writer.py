@@ -163,10 +163,10 @@ class _Writer:
         return opening, closing
 
     def _asking(self, behind: str) -> str:
-        """What is behind a question; its end, from the last stop on, only where an answer follows or is asked for."""
+        """What is behind a question; its end, from the first stop on, only where an answer follows or is asked for."""
         template = self._template
         stops = [word for word in (template.eos, *template.stop_words) if word and word in behind]
-        cut = max((behind.rindex(word) + len(word) for word in stops), default=0)
+        cut = min((behind.index(word) + len(word) for word in stops), default=0)
         cut += behind[cut:].startswith("\n")
         asks = quoted(behind[cut:])
         return quoted(behind[:cut]) + f"{{%- if not loop.last or add_generation_prompt -%}}{asks}{{%- endif -%}}"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from llamafactory.data.saved_template import chat_template_to_save
 from llamafactory.data.template_choice import end_token, template_of
 from llamafactory.data.views import find_view
 from llamafactory.extras import log
@@ -165,6 +166,7 @@ def assemble_job(
     training = feed(data.train, training=True)
     total_steps = training.schedule.total_windows(max_steps=train.max_steps, num_epochs=train.num_train_epochs)
     start, updates = fresh_state(claim.run_id), None
+    files = ModelFiles(policy, tokenizer, chat_template=chat_template_to_save(cfg.data, tokenizer))
     if train.do_train:
         optimizer: Any = build_optimizer(module, train, device=accelerator.device.type)
         scheduler = build_schedule(optimizer, train, total_steps=total_steps)
@@ -184,7 +186,7 @@ def assemble_job(
         cfg=train, output_dir=claim.output_dir, run_id=claim.run_id, accelerator=accelerator, module=module,
         updates=updates, feed=training,
         evaluation={_prefix(name): feed(examples, training=False) for name, examples in data.evaluation.items()},
-        total_steps=total_steps, start=start, model_files=ModelFiles(policy, tokenizer), step_flops=flops,
+        total_steps=total_steps, start=start, model_files=files, step_flops=flops,
         measure_peak=lambda: _peak_flops(plan) * accelerator.num_processes,
         is_async=may_save_async(train, policy, plan.device), facts=facts,
     )  # fmt: skip

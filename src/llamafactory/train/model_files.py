@@ -8,6 +8,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llamafactory.data.saved_template import CHAT_TEMPLATE_NAME
 from llamafactory.extras.files import give_usual_modes
 from llamafactory.train.checkpoint.tensors import frozen_storages, host_copy
 
@@ -19,10 +20,19 @@ if TYPE_CHECKING:
 class ModelFiles:
     """Writes a model and its tokenizer."""
 
-    def __init__(self, policy: nn.Module, tokenizer: PreTrainedTokenizerFast) -> None:
-        """Holds both; nothing is copied yet."""
+    def __init__(
+        self, policy: nn.Module, tokenizer: PreTrainedTokenizerFast, *, chat_template: str | None = None
+    ) -> None:
+        """Holds what is written; nothing is copied yet.
+
+        Args:
+            policy: the model that is trained.
+            tokenizer: of the model.
+            chat_template: Jinja that replaces the tokenizer's own chat template; None leaves that.
+        """
         self._policy: Any = policy
         self._tokenizer = tokenizer
+        self._chat_template = chat_template
 
     def write(self, folder: Path) -> None:
         """Writes the weights as they are now into an existing folder."""
@@ -50,4 +60,7 @@ class ModelFiles:
         """A tokenizer does not change while it trains, so that its files are made once."""
         with tempfile.TemporaryDirectory() as folder:
             self._tokenizer.save_pretrained(folder)
-            return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+            files = {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+        if self._chat_template is not None:
+            files[CHAT_TEMPLATE_NAME] = self._chat_template.encode()
+        return files
