@@ -69,8 +69,7 @@ def _json_call(key: str) -> str:
 
 
 def _default(tool_format: ToolFormat) -> JinjaTools:
-    before, listing, middle, _, behind = (piece.text for piece in tool_format.describe_tools([_PROBE]))
-    assert listing.startswith("> Tool Name: ")
+    before, _, middle, _, behind = (piece.text for piece in tool_format.describe_tools([_PROBE]))
     fields = (
         "{%- set schema = tool.parameters | default({}) -%}"
         "{%- for name, field in (schema.properties | default({})).items() -%}"
@@ -138,8 +137,7 @@ def _qwen(tool_format: ToolFormat) -> JinjaTools:
 
 
 def _ling(tool_format: ToolFormat) -> JinjaTools:
-    head, listing, *tail = tool_format.describe_tools([_PROBE])
-    assert listing.is_literal
+    head, _, *tail = tool_format.describe_tools([_PROBE])
     qwen = _qwen(tool_format)
     behind = "".join(piece.text for piece in tail)
     return JinjaTools(describe=quoted(head.text) + _listing(_WRAPPED_JSON, "\n") + quoted(behind), calls=qwen.calls)

@@ -186,6 +186,7 @@ class _Writer:
                 sides.append([])
             else:
                 sides[-1] = [*sides[-1], self._template.bos if text == "bos" else self._template.end_token]
-        assert len(sides) <= 2, "a slot holds its content once"
+        if len(sides) > 2:
+            raise ValueError(f"template '{self._template.name}' has a slot that holds its content twice: {slot!r}")
         before, behind = ("".join(side) for side in (*sides, [])[:2])
         return before, behind
