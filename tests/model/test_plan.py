@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -12,8 +13,8 @@ from llamafactory.hparams.data import DataConfig
 from llamafactory.hparams.model import ModelConfig
 from llamafactory.hparams.run_config import RunConfig
 from llamafactory.hparams.train import TrainConfig
-from llamafactory.model.memory import activation_bytes, decoder_shape, step_flops
-from llamafactory.model.plan import inference_dtype, plan_training
+from llamafactory.model.flops import decoder_shape, step_flops
+from llamafactory.model.plan import RAM_SHARE, ModelPlan, inference_dtype, plan_training
 
 GIB = 2**30
 
@@ -30,15 +31,18 @@ def config(**options: Any) -> RunConfig:
         name: kind(**{key: value for key, value in options.items() if key in kind.model_fields})
         for name, kind in {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}.items()
     }
-    return RunConfig(**parts)
+    method = importlib.import_module(f"llamafactory.model.adapters.{options.get('finetuning_type', 'lora')}")
+    own = {key: value for key, value in options.items() if key in method.Options.model_fields}
+    return RunConfig(**parts, adapter_options=method.Options(**own))
 
 
 def test_every_decision_has_a_reason(tiny_config):
     plan = plan_training(config(), tiny_config(), machine())
     assert set(plan.reasons) == {
-        "weight_dtype", "layout", "micro_batch_tokens", "activation_checkpointing", "fused_head",
+        "weight_dtype", "layout", "micro_batch_tokens", "checkpoint_every", "fused_head",
     }  # fmt: skip
-    assert len(plan.lines()) == len(plan.reasons)
+    assert len(plan.lines()) == len(plan.reasons) + 1
+    assert plan.lines()[-1].startswith("memory = ")
     assert (plan.layout, plan.attention, plan.fused_head) == ("flat", "segments", True)
 
 
@@ -74,13 +78,36 @@ def test_attention_keys_win(tiny_config):
 
 
 def test_activations_are_recomputed_only_where_they_do_not_fit(tiny_config):
-    large = tiny_config(hidden_size=2048, intermediate_size=8192, num_hidden_layers=32, vocab_size=1000, head_dim=64)
-    roomy, tight = (plan_training(config(), large, machine(memory=size * GIB)) for size in (200, 12))
-    assert not roomy.activation_checkpointing
-    assert tight.activation_checkpointing
-    asked = plan_training(config(disable_gradient_checkpointing=True), large, machine(memory=12 * GIB))
-    assert not asked.activation_checkpointing
-    assert asked.reasons["activation_checkpointing"] == "disable_gradient_checkpointing: true"
+    large = tiny_config(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, vocab_size=1000, head_dim=64)
+    options = {"cutoff_len": 2048}
+
+    def plan(memory: float, **more: Any) -> ModelPlan:
+        return plan_training(config(**options, **more), large, machine(memory=int(memory * GIB)), process_bytes=0)
+
+    roomy = plan(100)
+    assert roomy.checkpoint_every == 0
+    needed = roomy.costs.memory.total / GIB
+    least = plan(0.1)
+    assert least.checkpoint_every == 1
+    assert not least.costs.fits
+    partial = plan(0.9 * needed / RAM_SHARE)
+    assert partial.checkpoint_every > 1
+    assert partial.costs.fits
+    assert f"recompute one block of {partial.checkpoint_every}" in partial.reasons["checkpoint_every"]
+    assert partial.costs.memory.total < roomy.costs.memory.total
+    asked = plan(0.5 * needed, disable_gradient_checkpointing=True)
+    assert asked.checkpoint_every == 0
+    assert asked.reasons["checkpoint_every"] == "disable_gradient_checkpointing: true (set by you)"
+
+
+def test_a_pass_is_made_smaller_before_anything_is_recomputed(tiny_config):
+    large = tiny_config(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, vocab_size=1000, head_dim=64)
+    whole = plan_training(config(cutoff_len=256), large, machine(), process_bytes=0)
+    small = plan_training(
+        config(cutoff_len=256), large, machine(memory=int(0.8 * whole.costs.memory.total / RAM_SHARE)), process_bytes=0
+    )
+    assert (whole.micro_batch_tokens, small.micro_batch_tokens, small.checkpoint_every) == (1024, 512, 0)
+    assert "smaller passes" in small.reasons["micro_batch_tokens"]
 
 
 @pytest.mark.parametrize(
@@ -120,31 +147,3 @@ def test_flops_are_those_of_the_matrix_products(tiny_config):
     # eager attention does the upper triangle too: one more time the causal half
     attention = 6 * 2 * 32 * 32 * 32
     assert counter.get_total_flops() == pytest.approx(expected + attention, rel=0.03)
-
-
-def test_activation_bytes_are_near_what_autograd_keeps(tiny_config):
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from llamafactory.data.collate import collate_flat
-    from llamafactory.data.types import Example
-    from llamafactory.model import attention
-    from llamafactory.train.logprob import hidden_states
-
-    attention.register()
-    config_ = tiny_config(hidden_size=128, intermediate_size=384, num_hidden_layers=4, head_dim=32)
-    model = AutoModelForCausalLM.from_config(config_, attn_implementation="segments", dtype=torch.float32)
-    ids = torch.randint(1, 96, (256,)).int().numpy()
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        hidden_states(model, collate_flat([Example(input_ids=ids, labels=ids)]))
-    forecast = activation_bytes(config_, 256)
-    assert forecast == pytest.approx(sum(kept.values()), rel=0.25)

@@ -11,15 +11,23 @@ from numpy.typing import NDArray
 from llamafactory.data.batch import Batch
 from llamafactory.data.types import IGNORE_INDEX, Example
 
+PAD_MULTIPLE = 8
+"""Widths of padded batches are multiples of this."""
 
-def collate_padded(examples: Sequence[Example], pad_id: int, multiple_of: int = 8) -> Batch:
+
+def padded_width(longest: int, multiple_of: int = PAD_MULTIPLE) -> int:
+    """Width of a padded batch whose longest row has `longest` tokens."""
+    return -(-longest // multiple_of) * multiple_of
+
+
+def collate_padded(examples: Sequence[Example], pad_id: int, multiple_of: int = PAD_MULTIPLE) -> Batch:
     """One row for each example, padded on the right to a common length that `multiple_of` divides.
 
     Raises:
         ValueError: no examples.
     """
     lengths = _lengths(examples)
-    width = -(-max(lengths) // multiple_of) * multiple_of
+    width = padded_width(max(lengths), multiple_of)
     input_ids = np.full((len(examples), width), pad_id, dtype=np.int64)
     mask = np.zeros((len(examples), width), dtype=np.int64)
     for row, example in enumerate(examples):

@@ -93,6 +93,22 @@ def read_ram() -> tuple[int, int]:
     return total, total
 
 
+def read_process_memory() -> tuple[int, int]:
+    """Return (resident now, highest so far) of this process in bytes; (0, 0) where the system does not tell."""
+    if sys.platform == "linux":
+        try:
+            rows = dict(re.findall(r"^(\w+):\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE))
+        except OSError:
+            return 0, 0
+        return int(rows.get("VmRSS", 0)) * 1024, int(rows.get("VmHWM", 0)) * 1024
+    if sys.platform == "darwin":
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak, peak
+    return 0, 0
+
+
 def measure_gemm_peak(device: str | torch.device, dtype: torch.dtype, *, size: int = 1024, repeats: int = 8) -> float:
     """Return the best matrix-multiply rate of `repeats` tries, in FLOP/s (2 x size^3 a multiplication).
 

@@ -73,6 +73,9 @@ class TrainConfig(Section):
     fp16: bool = option(False, "Train in float16 mixed precision with loss scaling.", group=_PRECISION)
     pure_bf16: bool = option(False, "Keep weights and optimizer in bfloat16, without autocast.", group=_PRECISION)
     use_cpu: bool = option(False, "Use the CPU even where there is a GPU.", group=_PRECISION)
+    ignore_plan: bool = option(
+        False, "Start even where the memory forecast says that the run cannot fit.", group=_PRECISION
+    )
     ddp_timeout: int = option(1800, "Seconds that one process waits for another.", group=_PRECISION, ge=1)
 
     output_dir: str | None = option(None, "Folder for weights, checkpoints, logs and reports.", group=_OUTPUT)

@@ -1,105 +1,190 @@
-"""Bytes and FLOPs of a training step, from a config's numbers alone (symbols as in docs: d, f, L, h, V).
+"""Bytes of a training step, part by part, from counts and traces. Pure arithmetic: no model, no device, no file.
 
-The activation figure counts what autograd keeps per token of one decoder block: about 10 d + 4 f + 2 (h + h_kv) e
-elements, which covers norms, projections, rotary copies and the gated MLP.
+The peak of a step is the larger of two moments: the end of the forward pass, when everything that autograd keeps is
+alive together with a chunk of logits; and the end of the backward pass, when every gradient is there.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
+from llamafactory.model.skeleton import ParameterCount
+from llamafactory.model.trace import ActivationTrace, is_recomputed
 
-    from transformers import PreTrainedConfig
+LOGITS_COPIES = 2
+"""Float32 copies of a chunk of logits that the fused head has at once: the logits, and one temporary."""
+UNFUSED_LOGITS_COPIES = 3
+"""Copies of all supervised logits without the fused head: logits, their float32 form or log-softmax, the gradient."""
+DEVICE_SHARE = 0.94
+"""Share of a GPU's memory that is usable: the rest goes to fragmentation."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DecoderShape:
-    """The numbers of a dense decoder.
+class StepShape:
+    """What of a batch matters for memory.
 
     Attributes:
-        layers: number of blocks.
-        width: hidden size d.
-        mlp: MLP width f.
-        query: heads x head size.
-        kv: key/value heads x head size.
-        vocab: rows of the head.
+        tokens: positions of the largest micro-batch, padding included.
+        targets: its supervised tokens, at most.
+        num_micro_batches: most micro-batches of one optimizer step on one device.
     """
 
-    layers: int
-    width: int
-    mlp: int
-    query: int
-    kv: int
+    tokens: int
+    targets: int
+    num_micro_batches: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeadShape:
+    """What of the output head matters for memory.
+
+    Attributes:
+        vocab: rows of the head.
+        width: hidden size.
+        is_trained: its weight gets a gradient (accumulated in float32).
+        chunk_rows: supervised rows whose logits exist at once; None without the fused head.
+        element_bytes: bytes of an element of the hidden states.
+    """
+
     vocab: int
+    width: int
+    is_trained: bool
+    chunk_rows: int | None
+    element_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryForecast:
+    """Peak bytes of one device (or of this process on a CPU), by part. The sum is the forecast.
+
+    Attributes:
+        process: interpreter, libraries and data; on a GPU the context and the libraries' work space.
+        weights: of the model, with adapters and buffers.
+        gradients: of trained parameters, as many as are alive at the peak.
+        optimizer: its state.
+        activations: what autograd keeps, at the peak.
+        logits: of the chunk that is computed, and what the loss keeps.
+        workspace: temporaries of the backward pass, cast copies, and what the allocator holds back.
+    """
+
+    process: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    workspace: int
 
     @property
-    def block_params(self) -> int:
-        """Weights of all blocks' linear layers."""
-        return self.layers * (2 * self.width * self.query + 2 * self.width * self.kv + 3 * self.width * self.mlp)
+    def total(self) -> int:
+        """Peak in bytes."""
+        return sum(asdict(self).values())
 
     @property
-    def num_params(self) -> int:
-        """Weights of blocks and one embedding matrix."""
-        return self.block_params + self.vocab * self.width
+    def largest(self) -> str:
+        """Name of the part that takes most."""
+        return max(asdict(self).items(), key=lambda item: item[1])[0]
+
+    def parts(self) -> dict[str, int]:
+        """The parts by name."""
+        return asdict(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Parts and total, in bytes."""
+        return {**asdict(self), "total": self.total}
 
 
-def decoder_shape(config: PreTrainedConfig) -> DecoderShape | None:
-    """The shape of a dense decoder config, or None where its fields are named otherwise or it is not dense."""
-    try:
-        heads = config.num_attention_heads
-        head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-        if getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None):
-            return None
-        return DecoderShape(
-            layers=config.num_hidden_layers,
-            width=config.hidden_size,
-            mlp=config.intermediate_size,
-            query=heads * head_size,
-            kv=(getattr(config, "num_key_value_heads", None) or heads) * head_size,
-            vocab=config.vocab_size,
-        )
-    except AttributeError:
-        return None
-
-
-def activation_bytes(config: PreTrainedConfig, num_tokens: int, element_bytes: int = 4) -> int | None:
-    """Bytes that autograd keeps for a forward pass over `num_tokens`, without checkpointing."""
-    shape = decoder_shape(config)
-    if shape is None:
-        return None
-    per_token = 10 * shape.width + 4 * shape.mlp + 2 * (shape.query + shape.kv)
-    return num_tokens * shape.layers * per_token * element_bytes
-
-
-def training_state_bytes(config: PreTrainedConfig, *, full: bool, element_bytes: int = 4) -> int | None:
-    """Bytes of weights, and for full fine-tuning of gradients and Adam's two moments too."""
-    shape = decoder_shape(config)
-    if shape is None:
-        return None
-    return shape.num_params * element_bytes * (4 if full else 1)
-
-
-def step_flops(config: PreTrainedConfig, *, lengths: Iterable[int], num_targets: int, full: bool) -> int | None:
-    """Lower bound of the FLOPs of one optimizer step: real tokens and supervised rows only.
-
-    Padding, masks, recomputation and unsupervised logits are not in it, so they lower the utilisation that is
-    computed from it. LoRA's own matrices (about 1-2 %) are left out.
+def forecast_memory(
+    count: ParameterCount,
+    trace: ActivationTrace,
+    *,
+    step: StepShape,
+    head: HeadShape,
+    every: int,
+    optimizer_bytes: int,
+    process_bytes: int,
+    cast_copies: int = 0,
+) -> MemoryForecast:
+    """Adds up the peak of an optimizer step.
 
     Args:
-        config: the model's config.
-        lengths: tokens of each segment of the step.
-        num_targets: supervised tokens.
-        full: whether weight gradients are made too.
+        count: parameters.
+        trace: activations of the largest micro-batch.
+        step: the largest micro-batch.
+        head: the output head.
+        every: every `every`-th block is recomputed; 0 for none.
+        optimizer_bytes: state of the optimizer.
+        process_bytes: before the model is loaded.
+        cast_copies: bytes of low-precision copies of trained weights that autocast keeps.
     """
-    shape = decoder_shape(config)
-    if shape is None:
-        return None
-    lengths = list(lengths)
-    passes = 6 if full else 4
-    linear = passes * sum(lengths) * shape.block_params
-    head = passes * num_targets * shape.vocab * shape.width
-    attention = 6 * shape.layers * shape.query * sum(n * n for n in lengths)
-    return linear + head + attention
+    logits = _logits_bytes(step, head)
+    moments = _moments(count, trace, every, logits, keeps_gradients=step.num_micro_batches > 1)
+    gradients, activations, logits = max(moments, key=sum)
+    return MemoryForecast(
+        process=process_bytes,
+        weights=count.weight_bytes + count.buffer_bytes,
+        gradients=gradients,
+        optimizer=optimizer_bytes,
+        activations=activations,
+        logits=logits,
+        workspace=_backward_bytes(trace) + cast_copies,
+    )
+
+
+def optimizer_state_bytes(name: str, shapes: Iterable[tuple[tuple[int, ...], int]]) -> int:
+    """Bytes of an optimizer's state.
+
+    Args:
+        name: value of `optim`.
+        shapes: shape and bytes per element of each trained parameter.
+    """
+    total = 0
+    for shape, element in shapes:
+        count = 1
+        for size in shape:
+            count *= size
+        if name == "sgd":
+            continue
+        if name == "adafactor" and len(shape) >= 2:
+            total += 4 * (count // shape[-1] + count // shape[-2])
+        elif name == "adafactor":
+            total += 4 * count
+        elif "8bit" in name:
+            total += 2 * count
+        else:  # two moments
+            total += 2 * element * count
+    return total
+
+
+def _logits_bytes(step: StepShape, head: HeadShape) -> int:
+    if head.chunk_rows is None:
+        return UNFUSED_LOGITS_COPIES * step.tokens * head.vocab * 4
+    chunk = min(step.targets, head.chunk_rows)
+    kept_rows = 2 * step.targets * head.width * head.element_bytes  # the chosen rows and their gradient
+    kept_weight = head.vocab * head.width * 4 if head.is_trained else 0
+    return LOGITS_COPIES * chunk * head.vocab * 4 + kept_rows + kept_weight
+
+
+def _moments(
+    count: ParameterCount, trace: ActivationTrace, every: int, logits: int, *, keeps_gradients: bool
+) -> Iterator[tuple[int, int, int]]:
+    """Bytes of gradients, activations and logits: after the forward pass, then at each block on the way back."""
+    kept = [trace.boundary if is_recomputed(i, every) else size for i, size in enumerate(trace.blocks)]
+    alive = trace.outside + sum(kept)
+    element = count.trained_bytes / max(1, count.trained)
+    by_block = [int(number * element) for number in count.trained_by_block]
+    gradients = count.trained_bytes if keeps_gradients else 0
+    yield gradients, alive, logits
+    for index in reversed(range(len(kept))):
+        again = trace.blocks[index] if is_recomputed(index, every) else 0
+        yield gradients, alive + again, 0
+        alive -= kept[index]
+        gradients = min(count.trained_bytes, gradients + by_block[index])
+    yield count.trained_bytes, trace.outside, 0
+
+
+def _backward_bytes(trace: ActivationTrace) -> int:
+    """Gradients of intermediate results inside one block: about half of what the block keeps, and two boundaries."""
+    return max(trace.blocks, default=0) // 2 + 2 * trace.boundary

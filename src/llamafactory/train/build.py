@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -16,9 +19,12 @@ from llamafactory.data.views import find_view
 from llamafactory.extras import log
 from llamafactory.extras.errors import ConfigError, Problem
 from llamafactory.extras.hardware import measure_gemm_peak
+from llamafactory.model.checkpointing import recompute_blocks
+from llamafactory.model.costs import process_bytes_of
+from llamafactory.model.flops import step_flops
 from llamafactory.model.loader import adapter_folders, load_model, load_tokenizer
-from llamafactory.model.memory import step_flops
 from llamafactory.model.method import apply_method, load_method
+from llamafactory.model.plan import plan_training
 from llamafactory.train.checkpoint.room import may_save_async
 from llamafactory.train.checkpoint.snapshot import restore_training
 from llamafactory.train.checkpoint.state import fresh_state, load_state
@@ -30,6 +36,7 @@ from llamafactory.train.schedule import build_schedule
 from llamafactory.train.stage import Models, load_stage
 from llamafactory.train.step import StageModule
 from llamafactory.train.windows import Schedule, group_items, packed_items, single_items
+from llamafactory.train.workload import RowSizes, workload_of_rows
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -42,11 +49,13 @@ if TYPE_CHECKING:
     from llamafactory.data.table import Examples
     from llamafactory.data.types import Template
     from llamafactory.data.views import View
+    from llamafactory.extras.hardware import Hardware
     from llamafactory.hparams.model import ModelConfig
     from llamafactory.hparams.run_config import RunConfig
     from llamafactory.hparams.section import Section
     from llamafactory.hparams.train import TrainConfig
     from llamafactory.model.plan import ModelPlan
+    from llamafactory.model.workload import Workload
     from llamafactory.train.output_dir import Claim
 
 
@@ -54,6 +63,63 @@ def load_text(cfg: RunConfig) -> tuple[PreTrainedTokenizerFast, Template]:
     """Loads the tokenizer, with the end token that the template asks for, and the template."""
     tokenizer = load_tokenizer(cfg.model, eos_token=end_token(cfg.data.template))
     return tokenizer, template_of(cfg.data, tokenizer)
+
+
+def planner(
+    model_config: PreTrainedConfig,
+    hardware: Hardware,
+    examples: Examples | None,
+    *,
+    num_devices: int | None = None,
+    rate: float | None = None,
+) -> Callable[[RunConfig], ModelPlan]:
+    """A function that plans a configuration for this model, machine and these rows.
+
+    Args:
+        model_config: the model's config.
+        hardware: the machine; processes of one machine share its RAM.
+        examples: the training rows; None assumes rows of `cutoff_len` tokens.
+        num_devices: devices that train together; None asks the launcher's environment.
+        rate: FLOP/s of one device, or None to leave times out.
+    """
+    devices = num_devices or int(os.environ.get("WORLD_SIZE", "1"))
+    if hardware.device == "cpu":
+        share = hardware.memory_bytes // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        hardware = replace(hardware, memory_bytes=share)
+
+    sizes = RowSizes.of(examples) if examples else None
+
+    def workload_of(cfg: RunConfig, is_padded: bool) -> Workload:
+        if sizes is None:
+            raise ValueError("no rows")
+        rows = sizes.cut(cfg.data.cutoff_len)
+        is_whole = find_view(load_stage(cfg.train.stage).view).is_whole
+        schedule = build_schedule_of_rows(cfg, rows, is_whole=is_whole, num_ranks=devices, training=True)
+        return workload_of_rows(rows, replace(schedule, is_padded=is_padded), cfg.train)
+
+    return partial(
+        plan_training,
+        model_config=model_config,
+        hardware=hardware,
+        workload_of=workload_of if sizes else None,
+        num_devices=devices,
+        rate=rate,
+        process_bytes=process_bytes_of(hardware.device),
+    )
+
+
+def keep_split(plan: ModelPlan, record: Mapping[str, Any] | None) -> ModelPlan:
+    """The plan with the micro-batches of the run that is continued: sums in another order would differ in bits.
+
+    Args:
+        plan: made for the memory that is free now.
+        record: `run.json` of the run that is continued, or None.
+    """
+    before = (record or {}).get("plan", {})
+    if "micro_batch_tokens" not in before or before["micro_batch_tokens"] == plan.micro_batch_tokens:
+        return plan
+    reasons = {**plan.reasons, "micro_batch_tokens": "as in the run that is continued, so that its numbers repeat"}
+    return replace(plan, micro_batch_tokens=before["micro_batch_tokens"], reasons=reasons)
 
 
 def start_accelerator(cfg: RunConfig, plan: ModelPlan) -> Accelerator:
@@ -106,10 +172,7 @@ def load_policy(cfg: RunConfig, plan: ModelPlan, *, resume_from: Path | None) ->
     for parameter in policy.parameters():
         if parameter.requires_grad:  # master precision of everything trained, modules_to_save among it
             parameter.data = parameter.data.to(dtype)
-    if plan.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": cfg.model.use_reentrant_gc})
-        if cfg.model.use_reentrant_gc:
-            model.enable_input_require_grads()
+    recompute_blocks(policy, plan.checkpoint_every, use_reentrant=cfg.model.use_reentrant_gc)
     return policy
 
 
@@ -227,28 +290,37 @@ def build_feed(
     What the batch size counts is one example, or one group where the view keeps those together. Packed bins hold at
     most `cutoff_len` tokens and count as one.
     """
-    train = cfg.train
-    sizes = examples.lengths.tolist()
-    items = group_items(examples.offsets.tolist()) if view.is_whole else single_items(len(sizes))
+    sizes = RowSizes.of(examples)
+    schedule = build_schedule_of_rows(cfg, sizes, is_whole=view.is_whole, num_ranks=num_ranks, training=training)
+    if training and schedule.items and (cfg.data.packing or cfg.data.neat_packing):
+        filled = sum(schedule.lengths) / (len(schedule.items) * cfg.data.cutoff_len)
+        log.info(
+            f"packing: {len(examples):,} examples in {len(schedule.items):,} bins of {cfg.data.cutoff_len:,} tokens, "
+            f"{filled:.0%} full; examples of a bin never see each other"
+        )
+    schedule = replace(schedule, micro_batch_tokens=plan.micro_batch_tokens, is_padded=plan.layout == "padded")
+    return Feed(examples=examples, schedule=schedule, layout=plan.layout, pad_id=pad_id)
+
+
+def build_schedule_of_rows(
+    cfg: RunConfig, rows: RowSizes, *, is_whole: bool, num_ranks: int, training: bool
+) -> Schedule:
+    """Which rows make up which step; the plan then says how many of them share a forward pass."""
+    train, sizes = cfg.train, rows.tokens
+    items = group_items(rows.offsets) if is_whole else single_items(len(sizes))
     if training and items and (cfg.data.packing or cfg.data.neat_packing):
         bins = packed_items([sum(sizes[index] for index in item) for item in items], cfg.data.cutoff_len)
         items = [tuple(index for place in places for index in items[place]) for places in bins]
-        filled = sum(sizes) / (len(items) * cfg.data.cutoff_len)
-        log.info(
-            f"packing: {len(sizes):,} examples in {len(items):,} bins of {cfg.data.cutoff_len:,} tokens, "
-            f"{filled:.0%} full; examples of a bin never see each other"
-        )
-    schedule = Schedule(
+    return Schedule(
         items=items,
         lengths=[sum(sizes[index] for index in item) for item in items],
         items_per_device=train.per_device_train_batch_size if training else train.per_device_eval_batch_size,
         accumulation=train.gradient_accumulation_steps if training else 1,
         num_ranks=num_ranks,
-        micro_batch_tokens=plan.micro_batch_tokens,
+        micro_batch_tokens=None,
         seed=data_seed(cfg),
         shuffle=training and not train.disable_shuffling,
     )
-    return Feed(examples=examples, schedule=schedule, layout=plan.layout, pad_id=pad_id)
 
 
 def trainable_report(policy: nn.Module) -> tuple[int, int, str]:

@@ -47,7 +47,7 @@ def _run(cfg: RunConfig, claim: Claim, stop: StopRequest) -> RunResult:
     from llamafactory.data.pipeline import prepare_data
     from llamafactory.extras.hardware import read_hardware
     from llamafactory.model.loader import load_model_config
-    from llamafactory.model.plan import plan_training
+    from llamafactory.model.remedies import require_fit
     from llamafactory.train import build, finish
     from llamafactory.train.interruption import interruptible
     from llamafactory.train.loop import fit
@@ -71,8 +71,12 @@ def _run(cfg: RunConfig, claim: Claim, stop: StopRequest) -> RunResult:
         say_what_differs(cfg.train.rerun_of, data.report.to_dict(), package_versions(), may_differ=may_differ)
     build.say_lines(data.report.lines())
     model_config = load_model_config(cfg.model)
-    plan = plan_training(cfg, model_config, read_hardware(use_cpu=cfg.train.use_cpu))
+    hardware = read_hardware(use_cpu=cfg.train.use_cpu)
+    plan_again = build.planner(model_config, hardware, data.train)
+    plan = build.keep_split(plan_again(cfg), claim.record)
     build.say_lines(plan.lines())
+    if cfg.train.do_train:
+        require_fit(cfg, plan, hardware, plan_again)
     accelerator = build.start_accelerator(cfg, plan)
     require_same_data(cfg, claim, data.report.to_dict(), accelerator.num_processes)
     policy = build.load_policy(cfg, plan, resume_from=claim.resume_from)

@@ -16,6 +16,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from llamafactory.data.collate import padded_width
 from llamafactory.data.order import epoch_order
 from llamafactory.data.pack import pack_best_fit
 
@@ -36,6 +37,8 @@ class Schedule:
         micro_batch_tokens: tokens of one forward pass, or None to keep `items_per_device` items together.
         seed: of the order of items.
         shuffle: False keeps the order of the data in every epoch.
+        is_padded: micro-batches are padded to their longest row: a step's rows are grouped by length, and
+            `micro_batch_tokens` counts padding.
     """
 
     items: Sequence[Item]
@@ -46,6 +49,7 @@ class Schedule:
     micro_batch_tokens: int | None
     seed: int
     shuffle: bool = True
+    is_padded: bool = False
 
     @property
     def items_per_window(self) -> int:
@@ -72,18 +76,42 @@ class Schedule:
         count = len(self.items)
         order = _shuffled(count, self.seed, epoch) if self.shuffle else np.arange(count)
         chosen = order[place * self.items_per_window : (place + 1) * self.items_per_window]
-        ranks = [self._micro_batches(share.tolist()) for share in np.array_split(chosen, self.num_ranks)]
+        ranks = [self.micro_batches(share.tolist()) for share in np.array_split(chosen, self.num_ranks)]
         most = max(len(micro_batches) for micro_batches in ranks)
         return [micro_batches + [[]] * (most - len(micro_batches)) for micro_batches in ranks]
 
-    def _micro_batches(self, share: list[int]) -> list[list[Item]]:
-        if self.micro_batch_tokens is None:
+    def micro_batches(self, share: list[int]) -> list[list[Item]]:
+        """Groups the items of one rank and step, given by their places, into forward passes."""
+        if self.is_padded:
+            groups = self._by_length(share)
+        elif self.micro_batch_tokens is None:
             size = self.items_per_device
             groups = [share[start : start + size] for start in range(0, len(share), size)]
         else:
             bins = pack_best_fit([self.lengths[index] for index in share], self.micro_batch_tokens)
             groups = [[share[place] for place in places] for places in bins]
         return [[self.items[index] for index in group] for group in groups]
+
+    def positions(self, lengths: Sequence[int]) -> int:
+        """Positions that a forward pass over rows of these lengths computes, padding included."""
+        if not lengths:
+            return 0
+        return len(lengths) * padded_width(max(lengths)) if self.is_padded else sum(lengths)
+
+    def _by_length(self, share: list[int]) -> list[list[int]]:
+        """Rows of similar length together, the longest first, at most `items_per_device` of them."""
+        limit = self.micro_batch_tokens or 0
+        groups: list[list[int]] = []
+        for index in sorted(share, key=lambda place: -self.lengths[place]):
+            group = groups[-1] if groups else []
+            is_full = len(group) == self.items_per_device
+            if group and limit:
+                is_full |= (len(group) + 1) * padded_width(self.lengths[group[0]]) > limit
+            if is_full or not group:
+                groups.append([index])
+            else:
+                group.append(index)
+        return groups
 
 
 @lru_cache(maxsize=2)
