@@ -77,7 +77,7 @@ def resolve_config(source: Source, *, command: str = "train") -> Resolution:
         names = replace(names, spare=_spare_options(stage, adapter), allow_unknown=_is_on("ALLOW_EXTRA_ARGS"))
     broken = {problem.key for problem in problems}
     usable = [item for item in raw if item.key not in broken]
-    checks = (*CHECKS, *PATH_CHECKS, _check_template, _check_datasets)
+    checks = (*CHECKS, *PATH_CHECKS, _check_model_hub, _check_template, _check_datasets)
     resolution = resolve(usable, names, command=command, checks=checks)
     if not problems:
         return resolution
@@ -181,6 +181,20 @@ def _is_on(variable: str) -> bool:
     return os.environ.get(variable, "0").lower() in {"true", "y", "1"}
 
 
+def _check_model_hub(config: RunConfig) -> Problem | None:
+    """The switches for other hubs choose where data sets come from; models come from folders or Hugging Face."""
+    name = config.model.model_name_or_path
+    switch = next((name for name in ("USE_MODELSCOPE_HUB", "USE_OPENMIND_HUB") if _is_on(name)), None)
+    if switch is None or not name or "/" not in name or Path(name).exists():
+        return None
+    return Problem(
+        key="model_name_or_path",
+        given=name,
+        message=f"{switch} is on, and models are only loaded from folders or from Hugging Face",
+        fix="download the model and give its folder, or unset the switch",
+    )
+
+
 def _check_template(config: RunConfig) -> Problem | None:
     if config.data.template in (None, "auto"):
         return None
@@ -197,5 +211,6 @@ def _check_datasets(config: RunConfig) -> Iterable[Problem]:
     if config.command not in ("train", "data") or not (config.data.dataset or config.data.eval_dataset):
         return ()
     from llamafactory.data.registry import check_datasets
+    from llamafactory.data.sources.access import access_of
 
-    return check_datasets(config.data)
+    return check_datasets(config.data, access_of(config.data, config.model))

@@ -192,7 +192,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "openai: answer twice": ({"rows": openai(ASK, REPLY, REPLY), "entry": OPENAI}, ["assistant behind assistant"]),
     "openai: image part": (
         {"rows": openai({"role": "user", "content": [{"type": "image_url"}]}, REPLY), "entry": OPENAI},
-        ["messages[0].content[0]: a content part that is not text", "image_url"],
+        ["messages[0].content[0].image_url: a content part without its file", "columns: {images: ...}"],
     ),
     "openai: unknown role": (
         {"rows": openai({"role": "human", "content": "Hi"}, REPLY), "entry": OPENAI},
@@ -250,8 +250,8 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["'ranking' has the wrong type", "true or false"],
     ),
     "cloud file": (
-        {"rows": alpaca(), "entry": {"cloud_file_name": "s3://bucket/rows.json"}},
-        ["'cloud_file_name' is not implemented in this version", "download the data"],
+        {"rows": alpaca(), "entry": {"cloud_file_name": "ftp://host/rows.json"}},
+        ["cloud_file_name: not an address in the cloud", "found:    ftp://host/rows.json", "s3://BUCKET/FILE"],
     ),
     "val_size takes all rows": (
         {"rows": alpaca() * 3, "val_size": 3},

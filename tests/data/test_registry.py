@@ -8,7 +8,11 @@ from typing import Any
 
 import pytest
 
-from llamafactory.data.registry import check_datasets, find_spec, read_info, spec_from_entry
+from llamafactory.data import registry_entry
+from llamafactory.data.registry import check_datasets, find_spec, read_info
+from llamafactory.data.registry_entry import spec_from_entry
+from llamafactory.data.sources import hub
+from llamafactory.data.types import SourceAccess
 from llamafactory.extras.errors import DataError
 from llamafactory.hparams.data import DataConfig
 
@@ -44,10 +48,55 @@ def test_the_hub_comes_before_a_file() -> None:
     assert (spec.source, spec.location, spec.subset, spec.split) == ("hub", "user/data", "en", "test")
 
 
-@pytest.mark.parametrize("key", ["ms_hub_url", "om_hub_url", "script_url", "cloud_file_name"])
-def test_sources_that_are_not_implemented_say_so(key: str) -> None:
-    with pytest.raises(DataError, match=f"'{key}' is not implemented(?s:.*)file_name or hf_hub_url"):
-        spec_from_entry("x", {key: "a/b", "file_name": "x.json"}, "d")
+def test_a_script_comes_before_a_file_and_is_never_run() -> None:
+    with pytest.raises(DataError, match=r"'script_url' is not used(?s:.*)foreign code(?s:.*)save its rows as \.jsonl"):
+        spec_from_entry("x", {"script_url": "a", "cloud_file_name": "s3://a/b", "file_name": "x.json"}, "d")
+
+
+def test_the_cloud_comes_before_a_file() -> None:
+    spec = spec_from_entry("x", {"cloud_file_name": "s3://a/b.json", "file_name": "x.json"}, "d")
+    assert (spec.source, spec.location) == ("cloud", "s3://a/b.json")
+    with pytest.raises(DataError, match="not an address in the cloud(?s:.*)s3://BUCKET/FILE"):
+        spec_from_entry("x", {"cloud_file_name": "https://a/b.json"}, "d")
+
+
+@pytest.mark.parametrize(
+    ("entry", "switch", "expected"),
+    [
+        ({"hf_hub_url": "h", "ms_hub_url": "m", "om_hub_url": "o"}, "", ("hub", "h")),
+        ({"hf_hub_url": "h", "ms_hub_url": "m", "om_hub_url": "o"}, "USE_MODELSCOPE_HUB", ("modelscope", "m")),
+        ({"hf_hub_url": "h", "ms_hub_url": "m", "om_hub_url": "o"}, "USE_OPENMIND_HUB", ("openmind", "o")),
+        ({"ms_hub_url": "m", "file_name": "f"}, "", ("modelscope", "m")),
+        ({"om_hub_url": "o", "file_name": "f"}, "USE_MODELSCOPE_HUB", ("openmind", "o")),
+        ({"hf_hub_url": "h", "file_name": "f"}, "USE_MODELSCOPE_HUB", ("hub", "h")),
+    ],
+)
+def test_which_of_several_hubs(monkeypatch: pytest.MonkeyPatch, entry: Any, switch: str, expected: Any) -> None:
+    monkeypatch.setattr(registry_entry, "check_hub", lambda source, where: None)  # whatever is installed here
+    if switch:
+        monkeypatch.setenv(switch, "1")
+    spec = spec_from_entry("x", entry, "d")
+    assert (spec.source, spec.location) == expected
+
+
+@pytest.mark.parametrize(("key", "extra"), [("ms_hub_url", "modelscope"), ("om_hub_url", "openmind")])
+def test_a_hub_whose_package_is_missing_names_the_extra(monkeypatch: pytest.MonkeyPatch, key: str, extra: str) -> None:
+    monkeypatch.setattr(hub, "is_installed", lambda name: False)
+    with pytest.raises(DataError, match=rf'need the package(?s:.*)pip install "llamafactory\[{extra}\]"'):
+        spec_from_entry("x", {key: "a/b"}, "d")
+
+
+def test_paths_in_rows_begin_in_media_dir_or_beside_the_registry() -> None:
+    assert spec_from_entry("x", {"file_name": "x.json"}, "d").media_dir == "d"
+    assert spec_from_entry("x", {"file_name": "x.json"}, "d", SourceAccess(media_dir="m")).media_dir == "m"
+    assert spec_from_entry("x", {"hf_hub_url": "a/b"}, "d").media_dir is None
+
+
+def test_only_hubs_have_other_splits_subsets_and_folders(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(DataError, match=r"files have no such split(?s:.*)train\[:100\]"):
+        spec_from_entry("x", {"file_name": "x.json", "split": "test"}, "d")
+    spec_from_entry("x", {"file_name": "x.json", "subset": "en"}, "d")
+    assert "'subset' has no effect" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -74,7 +123,48 @@ def test_every_entry_of_the_reference_data_is_read(shared_dir: Path) -> None:
 def test_a_dict_stands_for_the_file_and_online_for_the_hub() -> None:
     assert find_spec("x", {"x": {"file_name": "y.json"}}).location == "y.json"
     assert find_spec("user/data", "ONLINE").source == "hub"
-    with pytest.raises(DataError, match="remote dataset_info"):
+
+
+def test_online_means_the_hub_that_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("USE_MODELSCOPE_HUB", "true")
+    assert find_spec("user/data", "ONLINE").source == "modelscope"
+
+
+def test_a_remote_registry_comes_from_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import huggingface_hub
+
+    asked: list[Any] = []
+    info = {
+        "a": {"hf_hub_url": "user/data", "columns": {"prompt": "q", "response": "r"}},
+        "b": {"file_name": "b.json"},
+    }
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+
+    def download(repository: str, file: str, **options: Any) -> str:
+        asked.append((repository, file, options))
+        return str(tmp_path / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    access = SourceAccess(cache_dir="cache", hf_token="secret")
+    spec = find_spec("a", "REMOTE:user/registry", access)
+    assert (spec.source, spec.location, spec.columns) == ("hub", "user/data", {"prompt": "q", "response": "r"})
+    options = {"repo_type": "dataset", "cache_dir": "cache", "token": "secret"}
+    assert asked == [("user/registry", "dataset_info.json", options)]
+    assert "secret" not in repr(spec)
+    with pytest.raises(DataError, match=r"a file on another machine(?s:.*)b\.json in REMOTE:user/registry"):
+        find_spec("b", "REMOTE:user/registry")
+    with pytest.raises(DataError, match=r"unknown data set 'c'(?s:.*)in REMOTE:user/registry(?s:.*)one of: a, b"):
+        find_spec("c", "REMOTE:user/registry")
+
+
+def test_a_remote_registry_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def download(*words: Any, **options: Any) -> str:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    with pytest.raises(DataError, match=r"REMOTE:user/repo: dataset_info(?s:.*)no network(?s:.*)dataset_dir"):
         find_spec("x", "REMOTE:user/repo")
 
 
@@ -88,6 +178,42 @@ def test_a_broken_registry_is_explained(tmp_path: Path) -> None:
         find_spec("a", str(tmp_path))
     file.write_bytes(b"\xef\xbb\xbf" + json.dumps({"ü": {"file_name": "a.json"}}, ensure_ascii=False).encode())
     assert find_spec("ü", str(tmp_path)).name == "ü"
+
+
+ASKED = {"prompt": "prompt", "response": "completion"}
+BOTH: dict[str, Any] = {"chosen": {}, "rejected": {}}
+SIDES = {"chosen": "chosen", "rejected": "rejected"}
+
+
+@pytest.mark.parametrize(
+    ("row", "formatting", "columns"),
+    [
+        (
+            {"instruction": "a", "chosen": "b", "rejected": "c"},
+            "alpaca",
+            {"prompt": "instruction", "query": "input"},
+        ),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "alpaca", {"prompt": "prompt"}),
+        (
+            {"conversations": [{"from": "human", "value": "a"}], "chosen": {}, "rejected": {}},
+            "sharegpt",
+            {"messages": "conversations"},
+        ),
+        (
+            {"messages": [{"role": "user", "content": "a"}], "chosen": {}, "rejected": {}},
+            "openai",
+            {"messages": "messages"},
+        ),
+    ],
+)
+def test_pairs_of_answers_are_detected(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], row: Any, formatting: str, columns: Any
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(row))
+    spec = find_spec(str(file), str(tmp_path))
+    assert (spec.formatting, spec.is_ranking, spec.columns) == (formatting, True, {**columns, **SIDES})
+    assert f"rows look like '{formatting}' preference pairs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -106,6 +232,12 @@ def test_a_broken_registry_is_explained(tmp_path: Path) -> None:
             "openai",
             {"messages": "messages", "tools": "tools"},
         ),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": []}], "images": ["a.png"]},
+            "openai",
+            {"messages": "messages", "images": "images"},
+        ),
+        ({"prompt": "a", "completion": "b", "label": True}, "alpaca", {**ASKED, "kto_tag": "label"}),
     ],
 )
 def test_the_format_of_a_bare_file_is_detected(tmp_path: Path, row: Any, formatting: str, columns: Any) -> None:

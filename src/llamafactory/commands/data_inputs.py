@@ -67,11 +67,14 @@ def load_inputs(words: list[str]) -> Inputs:
 
     config = load_config(words, command="data")
     from llamafactory.data.registry import find_specs
+    from llamafactory.data.sources.access import access_of
     from llamafactory.train.build import data_seed, load_text
     from llamafactory.train.stage import load_stage
 
     uses = (("train", config.data.dataset), ("eval", config.data.eval_dataset))
-    datasets = [UsedDataset(use, spec) for use, names in uses for spec in find_specs(names, config.data.dataset_dir)]
+    access = access_of(config.data, config.model)
+    specs = [(use, find_specs(names, config.data.dataset_dir, access)) for use, names in uses]
+    datasets = [UsedDataset(use, spec) for use, found in specs for spec in found]
     tokenizer, template = load_text(config)
     view = load_stage(config.train.stage).view
     return Inputs(config.data, tokenizer, template, data_seed(config), datasets, view)

@@ -119,14 +119,22 @@ class RowEncoder:
         return kept, reason
 
 
-def open_reader(spec: DatasetSpec, data: DataConfig, view: View, *, seed: int) -> RecordReader:
-    """A reader of the rows that the config asks for.
+def open_reader(
+    spec: DatasetSpec, data: DataConfig, view: View, *, seed: int, allows_media: bool = True
+) -> RecordReader:
+    """A reader of the rows that the config asks for; training does not allow rows with media.
 
     Raises:
         DataError: data that only another stage can learn from.
     """
     refuse_other_data(spec, view)
-    return RecordReader(spec=spec, max_samples=data.max_samples, seed=seed, variables=data.data_variables)
+    return RecordReader(
+        spec=spec,
+        max_samples=data.max_samples,
+        seed=seed,
+        variables=data.data_variables,
+        allows_media=allows_media,
+    )
 
 
 def encode_rows(reader: RecordReader, rows: RowEncoder) -> Iterator[EncodedRow]:

@@ -19,7 +19,7 @@ from llamafactory.data.records import RecordReader
 from llamafactory.data.registry import find_specs
 from llamafactory.data.render import LEFT_OUT, REWRITTEN
 from llamafactory.data.table import Examples, ExampleTable, ShardBuilder, join_tables, table_of
-from llamafactory.data.types import DatasetSpec, Template, ViewName
+from llamafactory.data.types import DatasetSpec, SourceAccess, Template, ViewName
 from llamafactory.extras.errors import DataError
 from llamafactory.extras.log import note, warn
 from llamafactory.hparams.data import DataConfig
@@ -53,6 +53,7 @@ def prepare_data(
     *,
     seed: int,
     view: ViewName = "sft",
+    access: SourceAccess | None = None,
     for_training: bool = True,
     output_dir: Path | None = None,
 ) -> PreparedData:
@@ -63,6 +64,7 @@ def prepare_data(
         template: writes conversations.
         tokenizer: a transformers tokenizer with a Rust backend.
         view: how the stage reads rows.
+        access: tokens and folders of hubs, see `access_of`.
         seed: decides which rows are held out by `val_size`; the order of training rows is decided later, by epoch.
         for_training: whether there must be something to train on.
         output_dir: where `bad_rows.jsonl` goes if rows are lost; None: nowhere.
@@ -77,7 +79,7 @@ def prepare_data(
     rows = RowEncoder.from_config(data, view, template, tokenizer)
     encoded: dict[str, list[_Encoded]] = {}
     for key, names in (("train", data.dataset), ("eval", data.eval_dataset)):
-        specs = find_specs(names, data.dataset_dir)
+        specs = find_specs(names, data.dataset_dir, access or SourceAccess(media_dir=data.media_dir))
         encoded[key] = [_encode_dataset(spec, data, rows, seed=seed, output_dir=output_dir) for spec in specs]
     if output_dir is not None:
         write_lost_rows([row for part in encoded.values() for one in part for row in one.lost], output_dir)
@@ -120,7 +122,7 @@ def _evaluation_tables(
 def _encode_dataset(
     spec: DatasetSpec, data: DataConfig, rows: RowEncoder, *, seed: int, output_dir: Path | None
 ) -> _Encoded:
-    reader = open_reader(spec, data, rows.view, seed=seed)
+    reader = open_reader(spec, data, rows.view, seed=seed, allows_media=False)
     builder = ShardBuilder()
     lost: list[LostRow] = []
     counts: Counter[str] = Counter()

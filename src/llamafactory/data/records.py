@@ -13,8 +13,10 @@ from llamafactory.data.data_report import LostRow
 from llamafactory.data.formats import Record, RowFormat, find_format
 from llamafactory.data.order import sample_order
 from llamafactory.data.row_error import RowError
+from llamafactory.data.row_media import conversation_of, with_media
 from llamafactory.data.sources import SourceRow, read_source
 from llamafactory.data.types import Conversation, DatasetSpec, Feedback, Message, Preference
+from llamafactory.extras.errors import DataError
 from llamafactory.extras.log import warn
 
 _PLACEHOLDER = re.compile(r"\{\{\s*(\w+)\s*\}\}")
@@ -30,6 +32,7 @@ class RecordReader:
         max_samples: rows to read at most, None: all.
         seed: decides which rows `num_samples` takes.
         variables: values for `{{key}}` placeholders in texts.
+        allows_media: False stops at the first row with images, videos or audios: this version trains on text alone.
         num_rows: rows read so far.
         lost: rows that broke a rule.
     """
@@ -38,6 +41,7 @@ class RecordReader:
     max_samples: int | None = None
     seed: int = 0
     variables: Mapping[str, str] = field(default_factory=dict)
+    allows_media: bool = True
     num_rows: int = 0
     lost: list[LostRow] = field(default_factory=list)
 
@@ -68,16 +72,36 @@ class RecordReader:
             yield row.origin, record
 
     def _rows(self) -> Iterator[SourceRow]:
-        rows = read_source(self.spec)
-        if (wanted := self.spec.num_samples) is not None:
-            listed = list(rows)
-            rows = (listed[number] for number in sample_order(len(listed), wanted, self.seed))
-        return islice(rows, self.max_samples)
+        if (wanted := self.spec.num_samples) is None:
+            return islice(read_source(self.spec), self.max_samples)
+        total = sum(1 for _ in read_source(self.spec))  # a second pass needs less memory than all rows
+        numbers = sample_order(total, wanted, self.seed)[: self.max_samples].tolist()
+        needed = set(numbers)
+        kept = {number: row for number, row in enumerate(read_source(self.spec)) if number in needed}
+        return (kept[number] for number in numbers)
 
     def _read(self, row: SourceRow, row_format: RowFormat) -> Record:
-        if row.fault is not None:
-            raise row.fault
-        return fill_variables(row_format.read_row(row.values, self.spec, row.origin), self.variables, self.spec.name)
+        record = read_record(row, row_format, self.spec)
+        if not self.allows_media and (media := conversation_of(record).media):
+            raise DataError(
+                f"{media[0].kind}s are not trained in this version",
+                where=row.origin,
+                found=f"{len(media)} files, the first in {media[0].column}",
+                expected="rows of text alone",
+                fix="data check, data preview and data stats read such rows; leave the data set out of training",
+            )
+        return fill_variables(record, self.variables, self.spec.name)
+
+
+def read_record(row: SourceRow, row_format: RowFormat, spec: DatasetSpec) -> Record:
+    """The row in canonical form, with its media.
+
+    Raises:
+        RowError: the row breaks a rule.
+    """
+    if row.fault is not None:
+        raise row.fault
+    return with_media(row_format.read_row(row.values, spec, row.origin), row.values, spec)
 
 
 def fill_variables(record: Record, variables: Mapping[str, str], dataset: str) -> Record:

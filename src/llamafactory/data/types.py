@@ -18,6 +18,7 @@ TrainOn: TypeAlias = Literal["all", "last", "tool_calls"]
 RewrittenHistory: TypeAlias = Literal["split", "last"]
 ViewName: TypeAlias = Literal["sft", "pairs", "feedback", "text", "prompts"]
 """How a stage reads rows, see `views`."""
+MediaKind: TypeAlias = Literal["image", "video", "audio"]
 IGNORE_INDEX = -100
 """Label of a position that is not supervised (the value that torch's cross-entropy ignores)."""
 
@@ -46,17 +47,35 @@ class Message:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Media:
+    """An image, a video or an audio that a row brings.
+
+    Attributes:
+        column: where in the row, such as `images[0]`.
+        files: its path or URL; several where a video is given as frames; none where the row holds the bytes.
+        content: the bytes, or the object that `datasets` made of them.
+    """
+
+    kind: MediaKind
+    column: str
+    files: tuple[str, ...] = ()
+    content: object = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Conversation:
     """A dialogue in the canonical (OpenAI-like) form, whatever format its row had.
 
     At most one system message, first. `tools` are JSON-schema function descriptions; None where the row does not speak
     of tools, empty where it says that there are none (named templates then write a system block, if an empty one).
-    `origin` names the row for messages to people: `file.json:12` or `dataset#12`.
+    `origin` names the row for messages to people: `file.json:12` or `dataset#12`. `media` are in the order of their
+    placeholders (`<image>`, `<video>`, `<audio>`) in the texts, each kind by itself.
     """
 
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, object], ...] | None = None
     origin: str = ""
+    media: tuple[Media, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -192,11 +211,35 @@ class Template(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SourceAccess:
+    """How data sets are reached. Tokens are never shown.
+
+    Attributes:
+        cache_dir: where hubs put what they download, None: their own places.
+        media_dir: where the paths in rows begin, None: in the folder of `dataset_info.json`.
+        is_streaming: rows of a hub come over the network as they are read.
+    """
+
+    cache_dir: str | None = None
+    media_dir: str | None = None
+    hf_token: str | None = field(default=None, repr=False)
+    ms_token: str | None = field(default=None, repr=False)
+    om_token: str | None = field(default=None, repr=False)
+    is_streaming: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DatasetSpec:
-    """One entry of `dataset_info.json`, with its defaults filled in."""
+    """One entry of `dataset_info.json`, with its defaults filled in.
+
+    Attributes:
+        location: path, hub id or address, as `source` says.
+        media_dir: folder in which the paths of images, videos and audios in rows begin; None: rows hold whole paths.
+        access: tokens and folders for the source; no part of what the data set is.
+    """
 
     name: str
-    source: Literal["file", "hub"]
+    source: Literal["file", "cloud", "hub", "modelscope", "openmind"]
     location: str
     formatting: str = "alpaca"
     is_ranking: bool = False
@@ -206,3 +249,5 @@ class DatasetSpec:
     num_samples: int | None = None
     columns: Mapping[str, str | None] = field(default_factory=dict[str, str | None])
     tags: Mapping[str, str | None] = field(default_factory=dict[str, str | None])
+    media_dir: str | None = None
+    access: SourceAccess = field(default=SourceAccess(), compare=False, repr=False)

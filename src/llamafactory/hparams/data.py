@@ -19,6 +19,9 @@ class DataConfig(Section):
     dataset_dir: str | dict[str, Any] = option(
         "data", "Folder with dataset_info.json, or the content of that file.", group=_SOURCE
     )
+    media_dir: str | None = option(
+        None, "Folder in which paths of images, videos and audios begin; null: dataset_dir.", group=_SOURCE
+    )
     max_samples: int | None = option(
         None, "Use only the first rows of each data set, at most this many.", group=_SOURCE, ge=1
     )

@@ -17,7 +17,7 @@ class ModelConfig(Section):
     )
     adapter_name_or_path: tuple[str, ...] = option((), "Folders or hub ids of LoRA adapters to load.", group=_SOURCE)
     adapter_folder: str | None = option(None, "Subfolder that holds the adapter weights.", group=_SOURCE)
-    cache_dir: str | None = option(None, "Folder for downloaded and converted models.", group=_SOURCE)
+    cache_dir: str | None = option(None, "Folder for downloaded models and data sets.", group=_SOURCE)
     model_revision: str = option("main", "Branch, tag or commit of the model on the hub.", group=_SOURCE)
     hf_hub_token: str | None = option(
         None,
@@ -25,6 +25,8 @@ class ModelConfig(Section):
         group=_SOURCE,
         secret=True,
     )
+    ms_hub_token: str | None = option(None, "Token for data sets on ModelScope.", group=_SOURCE, secret=True)
+    om_hub_token: str | None = option(None, "Token for data sets on OpenMind.", group=_SOURCE, secret=True)
     trust_remote_code: bool = option(False, "Run Python code that comes with the model.", group=_SOURCE)
     offline: bool = option(False, "Never touch the network.", group=_SOURCE)
     train_from_scratch: bool = option(

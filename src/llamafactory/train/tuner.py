@@ -45,6 +45,7 @@ def _run(cfg: RunConfig, claim: Claim, stop: StopRequest) -> RunResult:
         (claim.output_dir / "bad_rows.jsonl").unlink(missing_ok=True)
     log.info(f"output: {claim.output_dir}" + (f", continuing {claim.resume_from.name}" if claim.resume_from else ""))
     from llamafactory.data.pipeline import prepare_data
+    from llamafactory.data.sources.access import access_of
     from llamafactory.extras.hardware import read_hardware
     from llamafactory.model.loader import load_model_config
     from llamafactory.model.remedies import require_fit
@@ -62,6 +63,7 @@ def _run(cfg: RunConfig, claim: Claim, stop: StopRequest) -> RunResult:
         tokenizer,
         view=load_stage(cfg.train.stage).view,
         seed=build.data_seed(cfg),
+        access=access_of(cfg.data, cfg.model),
         for_training=cfg.train.do_train,
         output_dir=claim.output_dir if log.is_main_process() else None,
     )

@@ -24,6 +24,7 @@ class Detected(NamedTuple):
 
     columns: Mapping[str, str | None]
     tags: Mapping[str, str | None]
+    is_ranking: bool = False
 
 
 class RowFormat(Protocol):
@@ -47,6 +48,24 @@ class RowFormat(Protocol):
             RowError: the row breaks a rule of the format.
         """
         ...
+
+
+_OPTIONAL = ("system", "tools", "images", "videos", "audios")
+_JUDGEMENTS = ("kto_tag", "label")
+
+
+def with_usual_columns(columns: Mapping[str, str | None], tags: Mapping[str, str | None], row: Row) -> Detected:
+    """The columns of a format, and of those that any format may have the ones that this row has.
+
+    Two answers under `chosen` and `rejected` make it a preference pair, a boolean under `label` a judged answer.
+    """
+    found = {**columns, **{name: name for name in _OPTIONAL if name in row}}
+    if "chosen" in row and "rejected" in row:
+        found.pop("response", None)
+        return Detected({**found, "chosen": "chosen", "rejected": "rejected"}, tags, is_ranking=True)
+    if judgement := next((name for name in _JUDGEMENTS if isinstance(row.get(name), bool)), None):
+        found["kto_tag"] = judgement
+    return Detected(found, tags)
 
 
 def format_names() -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from llamafactory.data.formats import Detected, Record, Row
+from llamafactory.data.formats import Detected, Record, Row, with_usual_columns
 from llamafactory.data.row_error import RowError, describe, read_filled_text, read_text
 from llamafactory.data.row_tools import read_tools
 from llamafactory.data.types import Conversation, DatasetSpec, Feedback, Message, Preference
@@ -15,13 +15,16 @@ _OTHER_NAMES = (("prompt", "completion"), ("prompt", "response"), ("question", "
 
 
 def detect(row: Row) -> Detected | None:
-    """Rows with `instruction` and `output`, another usual pair of names, or plain `text`."""
-    if "instruction" in row and "output" in row:
-        optional = {name: name for name in ("system", "history", "tools") if name in row}
-        return Detected({**DEFAULT_COLUMNS, **optional}, {})
+    """Rows with `instruction` and `output`, another usual pair of names, a prompt with two answers, or `text`."""
+    if "instruction" in row and ("output" in row or {"chosen", "rejected"} <= row.keys()):
+        history = {"history": "history"} if "history" in row else {}
+        return with_usual_columns({**DEFAULT_COLUMNS, **history}, {}, row)
     for prompt, response in _OTHER_NAMES:
         if isinstance(row.get(prompt), str) and isinstance(row.get(response), str):
-            return Detected({"prompt": prompt, "response": response}, {})
+            return with_usual_columns({"prompt": prompt, "response": response}, {}, row)
+    for prompt in ("prompt", "question"):
+        if all(isinstance(row.get(name), str) for name in (prompt, "chosen", "rejected")):
+            return with_usual_columns({"prompt": prompt}, {}, row)
     return Detected({"prompt": "text"}, {}) if isinstance(row.get("text"), str) else None
 
 

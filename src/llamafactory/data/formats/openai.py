@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from llamafactory.data.formats import Detected, Record, Row
+from llamafactory.data.formats import Detected, Record, Row, with_usual_columns
 from llamafactory.data.formats.alpaca import read_column, read_flag
 from llamafactory.data.row_error import RowError, describe, read_filled_text, read_text
+from llamafactory.data.row_media import PLACEHOLDERS, read_media
 from llamafactory.data.row_tools import read_call, read_tools
-from llamafactory.data.types import Conversation, DatasetSpec, Feedback, Message, Preference, Role, ToolCall
+from llamafactory.data.types import (
+    Conversation,
+    DatasetSpec,
+    Feedback,
+    Media,
+    MediaKind,
+    Message,
+    Preference,
+    Role,
+    ToolCall,
+)
 from llamafactory.extras.suggest import did_you_mean
 
 DEFAULT_COLUMNS: Mapping[str, str | None] = {"messages": "messages", "tools": "tools"}
@@ -20,6 +31,15 @@ DEFAULT_TAGS: Mapping[str, str | None] = {
     "observation_tag": "tool",
     "function_tag": "function_call",
     "system_tag": "system",
+}
+_PART_KINDS: Mapping[str, MediaKind] = {
+    "image": "image",
+    "image_url": "image",
+    "video": "video",
+    "video_url": "video",
+    "audio": "audio",
+    "audio_url": "audio",
+    "input_audio": "audio",
 }
 _FOLLOWERS: Mapping[Role | None, tuple[Role, ...]] = {
     None: ("user",),
@@ -37,9 +57,10 @@ def detect(row: Row) -> Detected | None:
             isinstance(value, list)
             and value
             and isinstance(value[0], Mapping)
-            and {"role", "content"} <= value[0].keys()
+            and "role" in value[0]
+            and ("content" in value[0] or "tool_calls" in value[0])
         ):
-            return Detected({"messages": column, **({"tools": "tools"} if "tools" in row else {})}, DEFAULT_TAGS)
+            return with_usual_columns({"messages": column}, DEFAULT_TAGS, row)
     return None
 
 
@@ -54,17 +75,16 @@ def read_row(row: Row, spec: DatasetSpec, origin: str) -> Record:
     listed = read_column(row, column)
     if not isinstance(listed, list) or not listed:
         raise RowError("no messages", field=column, found=describe(listed), expected="a list of messages")
-    messages = [_read_message(message, f"{column}[{place}]", spec.tags) for place, message in enumerate(listed)]
+    media: list[Media] = []
+    messages = [_read_message(message, f"{column}[{place}]", spec.tags, media) for place, message in enumerate(listed)]
     if messages[0].role != "system" and (name := columns.get("system")) and (text := read_text(row.get(name), name)):
         messages.insert(0, Message(role="system", content=text))
     _check_order(messages, column, is_ranking=spec.is_ranking, skipped=len(messages) - len(listed))
     tools = read_tools(row.get(name), name) if (name := columns.get("tools")) else None
-    conversation = Conversation(messages=tuple(messages), tools=tools, origin=origin)
+    conversation = Conversation(messages=tuple(messages), tools=tools, origin=origin, media=tuple(media))
     if spec.is_ranking:
-        chosen, rejected = (
-            _read_message(read_column(row, side), side, spec.tags)
-            for side in (columns.get("chosen") or "chosen", columns.get("rejected") or "rejected")
-        )
+        sides = (columns.get("chosen") or "chosen", columns.get("rejected") or "rejected")
+        chosen, rejected = (_read_message(_answer(row, side), side, spec.tags, []) for side in sides)
         return Preference(prompt=conversation, chosen=chosen, rejected=rejected)
     if tag := columns.get("kto_tag"):
         return Feedback(conversation=conversation, is_desirable=read_flag(row, tag))
@@ -98,7 +118,14 @@ def _check_order(messages: list[Message], column: str, *, is_ranking: bool, skip
         )
 
 
-def _read_message(message: object, field: str, tags: Mapping[str, str | None]) -> Message:
+def _answer(row: Row, side: str) -> object:
+    """The message under `chosen` or `rejected`; a list of one message is taken too."""
+    value = read_column(row, side)
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+
+def _read_message(message: object, field: str, tags: Mapping[str, str | None], media: list[Media]) -> Message:
+    """The message; what its content parts hold besides text is added to `media`."""
     role_key, content_key = tags.get("role_tag") or "role", tags.get("content_tag") or "content"
     if not isinstance(message, Mapping) or not isinstance(message.get(role_key), str):
         raise RowError(
@@ -108,7 +135,7 @@ def _read_message(message: object, field: str, tags: Mapping[str, str | None]) -
             expected=f"an object with '{role_key}' and '{content_key}'",
         )
     role = _canonical_role(message[role_key], f"{field}.{role_key}", tags)
-    text = _read_content(message.get(content_key), f"{field}.{content_key}")
+    text = _read_content(message.get(content_key), f"{field}.{content_key}", media)
     if role == "user":
         read_filled_text(text, f"{field}.{content_key}", "user message")
     if role != "assistant":
@@ -136,22 +163,37 @@ def _canonical_role(given: str, field: str, tags: Mapping[str, str | None]) -> R
     return roles[given]
 
 
-def _read_content(value: object, field: str) -> str:
-    """Text, null, or a list of content parts of type `text`."""
+def _read_content(value: object, field: str, media: list[Media]) -> str:
+    """Text, null, or a list of content parts, joined; parts that are no text leave their placeholder."""
     if not isinstance(value, list):
         return read_text(value, field)
-    texts = []
+    texts: list[str] = []
     for place, part in enumerate(value):
-        if not isinstance(part, Mapping) or part.get("type") != "text":
-            kind = part.get("type") if isinstance(part, Mapping) else part
+        kind = str(part.get("type")) if isinstance(part, Mapping) else ""
+        if isinstance(part, str):
+            texts.append(read_text(part, f"{field}[{place}]"))
+        elif kind == "text" and isinstance(part, Mapping):
+            texts.append(read_text(part.get("text"), f"{field}[{place}].text"))
+        elif isinstance(part, Mapping) and kind in _PART_KINDS:
+            texts.append(PLACEHOLDERS[_PART_KINDS[kind]])
+            media.append(_read_part(part, kind, f"{field}[{place}].{kind}"))
+        else:
             raise RowError(
-                "a content part that is not text",
+                "an unknown content part",
                 field=f"{field}[{place}]",
-                found=describe(kind),
-                expected='type "text"',
+                found=describe(kind or part),
+                expected="a part of type " + ", ".join(("text", *_PART_KINDS)),
             )
-        texts.append(read_text(part.get("text"), f"{field}[{place}].text"))
     return "".join(texts)
+
+
+def _read_part(part: Mapping[str, object], kind: str, field: str) -> Media:
+    """What the part holds; a part may also only mark the place of an entry of the media columns."""
+    value = part.get(kind, part.get("url", part.get("path")))
+    if isinstance(value, Mapping) and isinstance(value.get("data"), str):  # input_audio: base64 text
+        value = f"data:;base64,{value['data']}"
+    kind_of_media = _PART_KINDS[kind]
+    return Media(kind=kind_of_media, column=field) if value is None else read_media(kind_of_media, value, field)
 
 
 def _read_calls(value: object, field: str) -> tuple[ToolCall, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from llamafactory.data.formats import Detected, Record, Row
+from llamafactory.data.formats import Detected, Record, Row, with_usual_columns
 from llamafactory.data.formats.alpaca import read_column, read_flag
 from llamafactory.data.row_error import RowError, describe, read_filled_text, read_text
 from llamafactory.data.row_tools import read_tools, split_calls
@@ -33,8 +33,7 @@ def detect(row: Row) -> Detected | None:
             and isinstance(value[0], Mapping)
             and {"from", "value"} <= value[0].keys()
         ):
-            optional = {name: name for name in ("system", "tools") if name in row}
-            return Detected({"messages": column, **optional}, DEFAULT_TAGS)
+            return with_usual_columns({"messages": column}, DEFAULT_TAGS, row)
     return None
 
 

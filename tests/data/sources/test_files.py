@@ -136,7 +136,7 @@ def test_the_hub_is_asked_and_its_failure_is_told(monkeypatch: pytest.MonkeyPatc
     spec = DatasetSpec(name="x", source="hub", location="user/data", subset="en", split="test")
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert [(row.origin, row.values) for row in read_source(spec)] == [("x#1", {"a": "b"})]
-    assert asked == {"path": "user/data", "name": "en", "data_dir": None, "split": "test"}
+    assert asked == {"path": "user/data", "name": "en", "data_dir": None, "split": "test", "streaming": False}
 
     def fail(path: str, **options: Any) -> None:
         raise ConnectionError("no network")
