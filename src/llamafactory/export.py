@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llamafactory.data.saved_template import CHAT_TEMPLATE_NAME, chat_template_to_save
+from llamafactory.data.modelfile import MODELFILE_NAME
+from llamafactory.data.saved_template import CHAT_TEMPLATE_NAME, chat_template_to_save, modelfile_to_save
 from llamafactory.data.template_choice import end_token
 from llamafactory.extras import log
 from llamafactory.extras.errors import ConfigError, LlamaFactoryError, Problem
@@ -197,6 +198,8 @@ def _complete_folder(folder: Path, model: Any, tokenizer: PreTrainedTokenizerFas
         (folder / CHAT_TEMPLATE_NAME).write_text(chat_template, encoding="utf-8")
     elif not tokenizer.chat_template:
         log.warn("the tokenizer has no chat template, so a server must be told which one this model was trained with")
+    if (modelfile := modelfile_to_save(data, tokenizer)) is not None:
+        (folder / MODELFILE_NAME).write_text(modelfile, encoding="utf-8")
     if (settings := getattr(model, "generation_config", None)) is not None:
         ends = [] if settings.eos_token_id is None else settings.eos_token_id
         ends = [ends] if isinstance(ends, int) else list(ends)

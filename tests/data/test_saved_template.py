@@ -9,7 +9,7 @@ from tests.data.conftest import dialogue
 
 from llamafactory.data.chat_template import NamedTemplate, find_record
 from llamafactory.data.jinja_writer import write_jinja
-from llamafactory.data.saved_template import chat_template_to_save, find_fault
+from llamafactory.data.saved_template import chat_template_to_save, find_fault, modelfile_to_save
 from llamafactory.data.template_choice import build_template
 from llamafactory.hparams.data import DataConfig
 
@@ -54,6 +54,31 @@ def test_a_refusal_of_tools_is_no_fault_and_one_of_text_is() -> None:
     assert find_fault(template, "{{ raise_exception('no') }}") == "TemplateError: no"
     other = replace(template, default_system="Be kind.")
     assert "instead of" in find_fault(other, write_jinja(template))
+
+
+def test_a_modelfile_of_a_named_template(tokenizer: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    text = modelfile_to_save(DataConfig(template="chatml"), tokenizer)
+    assert text is not None
+    assert text.startswith('FROM .\n\nTEMPLATE """')
+    assert "written from template 'chatml', without tools" in capsys.readouterr().err
+    assert modelfile_to_save(DataConfig(template="llama2"), tokenizer) is None
+    assert "no Modelfile is written for template 'llama2': the begin token is repeated" in capsys.readouterr().err
+
+
+def test_a_modelfile_of_the_tokenizers_own_template_is_that_of_its_twin(tokenizer: Any) -> None:
+    text = modelfile_to_save(DataConfig(), tokenizer)
+    assert text is not None
+    assert 'SYSTEM """You are a helpful AI assistant named SmolLM, trained by Hugging Face"""' in text
+    assert "<|im_start|>user\n{{ .Content }}<|im_end|>\n<|im_start|>assistant\n" in text
+
+
+def test_a_template_without_a_twin_gets_no_modelfile(tokenizer: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    class Other(Bare):
+        backend_tokenizer = tokenizer.backend_tokenizer
+        chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+
+    assert modelfile_to_save(DataConfig(), Other()) is None
+    assert "no named template writes what the tokenizer's own does" in capsys.readouterr().err
 
 
 def test_a_loaded_tokenizer_writes_what_training_wrote(tokenizer: Any, tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def test_the_export_carries_its_proof_and_everything_a_server_needs(exported):
     names = {path.name for path in exported.iterdir()}
     assert names >= {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-        "chat_template.jinja",
+        "chat_template.jinja", "Modelfile",
     }  # fmt: skip
 
 
