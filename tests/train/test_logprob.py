@@ -17,7 +17,7 @@ from llamafactory.train.logprob import supervised_nll, token_logprobs
 
 
 def plan(fused: bool = True, chunk: int = 5) -> SimpleNamespace:
-    return SimpleNamespace(fused_head=fused, loss_chunk_rows=chunk)
+    return SimpleNamespace(fused_head=fused, loss_chunk_rows=chunk, fused_blocks=True)
 
 
 @pytest.mark.parametrize("fused", [True, False])

@@ -36,7 +36,9 @@ def module(tiny_config):
         if "lora_B" in name:  # not zero, so that the A matrices get a gradient too
             torch.nn.init.normal_(parameter, std=0.05)
     return StageModule(
-        STAGE, Models(policy=policy, plan=SimpleNamespace(fused_head=True, loss_chunk_rows=7)), Section()
+        STAGE,
+        Models(policy=policy, plan=SimpleNamespace(fused_head=True, loss_chunk_rows=7, fused_blocks=True)),
+        Section(),
     )
 
 

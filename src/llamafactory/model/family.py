@@ -40,15 +40,17 @@ class Family:
 
     Attributes:
         segments: rows laid end to end are exact through `model.attention` (proven by test).
+        prenorm_blocks: the blocks are those that `model.kernels.decoder` computes (proven by test).
         head: how logits are made, or None where it is not known; then the model makes them itself.
     """
 
     segments: bool
+    prenorm_blocks: bool
     head: Head | None
 
 
-UNPROVEN = Family(segments=False, head=None)
-_PLAIN = Family(segments=True, head=Head())
+UNPROVEN = Family(segments=False, prenorm_blocks=False, head=None)
+_PLAIN = Family(segments=True, prenorm_blocks=True, head=Head())
 
 FAMILIES: dict[str, Family] = {
     "llama": _PLAIN,

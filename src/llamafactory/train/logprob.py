@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from llamafactory.model.attention import no_mask
 from llamafactory.model.family import Head, family_of
+from llamafactory.model.kernels.decoder import decode
 from llamafactory.model.kernels.head import ChunkedCrossEntropy, ChunkedLogProbs
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def supervised_nll(model: nn.Module, batch: Batch, plan: ModelPlan) -> Tensor:
     head = _chunkable_head(base, plan)
     if head is None:
         return _weighted_sum(_target_logits(base, batch, plan), batch)
-    rows = _scaled(target_states(base, batch), head.factor(base.config))
+    rows = _scaled(target_states(base, batch, plan), head.factor(base.config))
     weight = _head_module(base).weight
     return ChunkedCrossEntropy.apply(
         rows, weight, batch.target_ids, batch.target_weights, plan.loss_chunk_rows, head.cap(base.config)
@@ -60,7 +61,7 @@ def token_logprobs(model: nn.Module, batch: Batch, plan: ModelPlan) -> Tensor:
     if head is None:
         logits = _target_logits(base, batch, plan).float()
         return -F.cross_entropy(logits, batch.target_ids, reduction="none")
-    rows = _scaled(target_states(base, batch), head.factor(base.config))
+    rows = _scaled(target_states(base, batch, plan), head.factor(base.config))
     weight = _head_module(base).weight
     return ChunkedLogProbs.apply(rows, weight, batch.target_ids, plan.loss_chunk_rows, head.cap(base.config))
 
@@ -69,8 +70,10 @@ def _scaled(rows: Tensor, factor: float) -> Tensor:
     return rows if factor == 1.0 else rows * factor
 
 
-def target_states(base: PreTrainedModel, batch: Batch) -> Tensor:
+def target_states(base: PreTrainedModel, batch: Batch, plan: ModelPlan) -> Tensor:
     """Last hidden states of the supervised rows, `[targets, width]`, after the final norm."""
+    if plan.fused_blocks and (states := decode(base, batch)) is not None:
+        return states
     return hidden_states(base, batch).flatten(0, 1).index_select(0, batch.target_rows)
 
 
@@ -87,7 +90,7 @@ def unwrap_peft(model: nn.Module) -> PreTrainedModel:
 def _chunkable_head(base: PreTrainedModel, plan: ModelPlan) -> Head | None:
     """How the head makes logits, or None where only its own forward knows (a bias, an adapter around it)."""
     module = _head_module(base)
-    if not plan.fused_head or type(module) is not nn.Linear or module.bias is not None:
+    if not plan.fused_head or type(module) is not nn.Linear or "bias" in module.state_dict():
         return None
     return family_of(base.config.model_type).head
 
@@ -100,7 +103,7 @@ def _target_logits(base: PreTrainedModel, batch: Batch, plan: ModelPlan) -> Tens
     """Logits `[targets, vocab]` from the model's own forward, or from its head where nothing follows the head."""
     head = family_of(base.config.model_type).head
     if plan.fused_head and head is not None and head == Head():
-        return _head_module(base)(target_states(base, batch))
+        return _head_module(base)(target_states(base, batch, plan))
     return _forward(base, batch).logits.flatten(0, 1).index_select(0, batch.target_rows)
 
 
