@@ -39,7 +39,7 @@ def config(**options: Any) -> RunConfig:
 def test_every_decision_has_a_reason(tiny_config):
     plan = plan_training(config(), tiny_config(), machine())
     assert set(plan.reasons) == {
-        "weight_dtype", "layout", "micro_batch_tokens", "checkpoint_every", "fused_head",
+        "weight_dtype", "layout", "micro_batch_tokens", "checkpoint_every", "fused_head", "fused_blocks",
     }  # fmt: skip
     assert len(plan.lines()) == len(plan.reasons) + 1
     assert plan.lines()[-1].startswith("memory = ")
@@ -54,6 +54,13 @@ def test_every_decision_has_a_reason(tiny_config):
 def test_precision(options, expected, tiny_config):
     plan = plan_training(config(**options), tiny_config(), machine("cuda"))
     assert (plan.weight_dtype, plan.autocast) == expected
+
+
+def test_fused_blocks_are_for_proven_float32_rows_on_a_cpu(tiny_config):
+    assert plan_training(config(), tiny_config(), machine()).fused_blocks
+    for options, kind, device in (({"fused_kernels": False}, "llama", "cpu"), ({"bf16": True}, "llama", "cpu"),
+                                  ({}, "llama", "cuda"), ({}, "gpt2", "cpu")):  # fmt: skip
+        assert not plan_training(config(**options), tiny_config(kind), machine(device)).fused_blocks
 
 
 def test_fp16_on_a_cpu_is_refused(tiny_config):

@@ -41,6 +41,9 @@ class ModelConfig(Section):
     use_reentrant_gc: bool = option(
         False, "Use torch's reentrant activation checkpointing (LLaMA Factory 0.9 had true).", group=_LOAD
     )
+    fused_kernels: bool = option(
+        True, "Fused CPU kernels for model types that are proven; false runs transformers' own modules.", group=_LOAD
+    )
     print_param_status: bool = option(
         False, "Print type, device and whether it is trained for every parameter.", group=_LOAD
     )

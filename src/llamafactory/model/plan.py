@@ -81,6 +81,7 @@ class ModelPlan:
             `per_device_train_batch_size` rows together. The optimizer step is the same either way.
         loss_chunk_rows: supervised rows whose logits exist at once.
         fused_head: head and cross-entropy on supervised rows only; else the model's own logits.
+        fused_blocks: blocks through `model.kernels`, the fused CPU functions; else the model's own forward.
         checkpoint_every: every n-th block is recomputed in the backward pass; 1 all of them, 0 none.
         reasons: one line for each decision.
         costs: the forecast, or None where the model cannot be looked at without weights.
@@ -94,6 +95,7 @@ class ModelPlan:
     micro_batch_tokens: int | None
     loss_chunk_rows: int
     fused_head: bool
+    fused_blocks: bool
     checkpoint_every: int
     reasons: Mapping[str, str]
     costs: Costs | None = None
@@ -189,6 +191,8 @@ def plan_training(
         if family.head is not None
         else f"the head of model type {model_config.model_type!r} is not known"
     )
+    is_plain = layout == "flat" and hardware.device == "cpu" and (weight_dtype, autocast) == ("float32", "no")
+    fused_blocks, reasons["fused_blocks"] = _fused_blocks(cfg, model_config.model_type, family, is_plain)
     return ModelPlan(
         device=hardware.device,
         weight_dtype=weight_dtype,
@@ -198,6 +202,7 @@ def plan_training(
         micro_batch_tokens=tokens,
         loss_chunk_rows=LOSS_CHUNK_ROWS,
         fused_head=family.head is not None,
+        fused_blocks=fused_blocks,
         checkpoint_every=every,
         reasons=reasons,
         costs=costs,
@@ -243,6 +248,17 @@ def _training_dtype(cfg: RunConfig) -> tuple[DType, Literal["no", "bf16", "fp16"
     if load_method(train.finetuning_type).trains_base:
         return "float32", autocast, f"fp32 master weights, arithmetic in {autocast}"
     return ("bfloat16" if train.bf16 else "float16"), autocast, f"frozen base in {autocast}, adapters in fp32"
+
+
+def _fused_blocks(cfg: RunConfig, model_type: str, family: Family, is_plain: bool) -> tuple[bool, str]:
+    """Whether blocks go through the fused CPU functions. At run time anything unusual in a module turns them off."""
+    if not cfg.model.fused_kernels:
+        return False, "fused_kernels: false"
+    if not is_plain:
+        return False, "they are for float32 rows laid end to end on a CPU"
+    if not family.prenorm_blocks:
+        return False, f"not proven for the blocks of model type {model_type!r}"
+    return True, "norms, rotary, MLP and plain LoRA in few passes; equal to the model's own to 1e-5"
 
 
 def _layout(
