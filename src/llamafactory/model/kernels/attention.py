@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -105,10 +105,9 @@ class _Attention(torch.autograd.Function):
         grad_mixed, for_out = project_back(
             [grad], _pick(mixed, layout), inner_out, layers[3:], wanted[3:], needs_input=True
         )
-        assert grad_mixed is not None
         if layout.rows is not None:
-            grad_mixed = torch.zeros_like(mixed).index_copy_(0, layout.rows, grad_mixed)
-        grad_q, grad_k, grad_v = _attend_back(grad_mixed, q, k, v, mixed, norms, block, layout)
+            grad_mixed = torch.zeros_like(mixed).index_copy_(0, layout.rows, cast("Tensor", grad_mixed))
+        grad_q, grad_k, grad_v = _attend_back(cast("Tensor", grad_mixed), q, k, v, mixed, norms, block, layout)
         if layout.rotation is not None:
             rotate(grad_q, layout.rotation, back=True)
             rotate(grad_k, layout.rotation, back=True)

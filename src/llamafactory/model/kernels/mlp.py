@@ -7,7 +7,7 @@ again, which costs two passes over them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -57,7 +57,7 @@ class _Mlp(torch.autograd.Function):
         activated = F.silu(gate)
         product = activated * up
         grad_product, for_down = project_back([grad], product, inner_down, layers[2:], wanted[2:], needs_input=True)
-        assert grad_product is not None
+        grad_product = cast("Tensor", grad_product)
         grad_up = torch.mul(grad_product, activated, out=activated)
         grad_gate = torch.ops.aten.silu_backward(grad_product.mul_(up), gate)
         normed = rms_norm_again(x, norm, inverse)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -98,8 +98,7 @@ def project(x: Tensor, layers: Sequence[Projection]) -> tuple[list[Tensor], Tens
     outputs = []
     place = 0
     for layer in layers:
-        assert layer.weight is not None
-        output = times_transposed(x, layer.weight)
+        output = times_transposed(x, _weight(layer))
         if layer.bias is not None:
             output += layer.bias
         if layer.b is not None and inner is not None:
@@ -165,8 +164,7 @@ def project_back(
 
 
 def _weight(layer: Projection) -> Tensor:
-    assert layer.weight is not None
-    return layer.weight
+    return cast("Tensor", layer.weight)
 
 
 def _stacked_a(layers: Sequence[Projection]) -> Tensor | None:
@@ -180,4 +178,4 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    return any(getattr(module, name) for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"))
