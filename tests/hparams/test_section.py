@@ -109,6 +109,13 @@ def test_every_option_is_documented_and_its_default_is_valid(name: str) -> None:
         section(**{key: default_of(field)})
 
 
-def test_no_key_is_in_two_sections() -> None:
-    keys = [key for section in all_sections().values() for key in section.model_fields]
-    assert len(keys) == len(set(keys))
+def test_no_key_is_in_two_sections_of_a_run() -> None:
+    always = [key for name, section in all_sections().items() if ": " not in name for key in section.model_fields]
+    assert len(always) == len(set(always))
+    found: dict[tuple[str, str], object] = {}
+    for name, section in all_sections().items():
+        kind, _, of = name.partition(": ")
+        for key, field in section.model_fields.items() if of else ():
+            assert key not in always
+            assert found.setdefault((kind, key), field.annotation) == field.annotation  # stages may share a key
+    assert not {key for kind, key in found if kind == "stage"} & {key for kind, key in found if kind != "stage"}

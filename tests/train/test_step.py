@@ -59,7 +59,7 @@ def feed(examples, *, per_device, accumulation, layout="flat", tokens=None, item
 def loss_and_gradient(accelerator, module, source, step=0):
     module.zero_grad()
     window = source.window(step, 0)
-    loss = accumulate(accelerator, module, window) / window.num_units
+    loss = accumulate(accelerator, module, window).loss / window.num_units
     flat = torch.cat([p.grad.flatten() for p in module.parameters() if p.requires_grad])
     return float(loss), flat.clone()
 
@@ -117,9 +117,9 @@ def test_packed_bins_give_the_loss_of_their_rows(accelerator, module, make_examp
 def test_the_evaluation_loss_is_the_mean_over_tokens(accelerator, module, make_examples):
     examples = make_examples(LENGTHS)
     batched = feed(examples, per_device=3, accumulation=1)
-    loss, units = evaluation_loss(accelerator, module, batched.one_pass(0))
+    averages, units = evaluation_loss(accelerator, module, batched.one_pass(0))
     expected, _ = loss_and_gradient(accelerator, module, feed(examples, per_device=8, accumulation=1))
-    assert loss == pytest.approx(expected, rel=1e-5)
+    assert averages["loss"] == pytest.approx(expected, rel=1e-5)
     assert units == sum(example.num_supervised for example in examples)
     assert module.training
 

@@ -19,7 +19,8 @@ class Batch:
         input_ids: int64 `[rows, time]`.
         position_ids: int64 `[rows, time]`; restarts at 0 at each segment of a flat batch.
         attention_mask: int64 `[rows, time]`, 1 where a token is real; None for a flat batch, which has no padding.
-        segment_lengths: tokens of each segment of a flat batch, in order; None for a padded batch.
+        segment_lengths: tokens of each segment of a flat batch, in order, or the sizes of each prefix tree; None for a
+            padded batch.
         target_rows: int64 `[targets]`, indices into the flattened `[rows * time]` positions whose next token is
             supervised. A segment's first token is never a target.
         target_ids: int64 `[targets]`, the supervised next tokens.
@@ -32,7 +33,7 @@ class Batch:
     input_ids: Tensor
     position_ids: Tensor
     attention_mask: Tensor | None
-    segment_lengths: tuple[int, ...] | None
+    segment_lengths: tuple[int | tuple[int, ...], ...] | None
     target_rows: Tensor
     target_ids: Tensor
     target_weights: Tensor | None

@@ -141,6 +141,14 @@ def check_packing(config: RunConfig) -> Problem | None:
     return None
 
 
+def check_label_smoothing(config: RunConfig) -> Problem | None:
+    """Only the sigmoid loss has a conservative form."""
+    options = config.stage_options
+    if getattr(options, "dpo_label_smoothing", 0.0) == 0.0 or getattr(options, "pref_loss", "") == "sigmoid":
+        return None
+    return Problem(key="dpo_label_smoothing", message="only for pref_loss sigmoid", fix="pref_loss: sigmoid, or 0")
+
+
 def check_precision(config: RunConfig) -> Iterator[Problem]:
     """At most one precision."""
     train = config.train
@@ -249,6 +257,7 @@ CHECKS = (
     check_loss_mask,
     check_sft_only,
     check_packing,
+    check_label_smoothing,
     check_precision,
     check_steps,
     check_schedule,

@@ -48,6 +48,14 @@ def _no_training(config: RunConfig) -> bool:
     return config.command == "train" and not config.train.do_train
 
 
+def _has_no_reference(config: RunConfig) -> bool:
+    return getattr(config.stage_options, "pref_loss", None) in {"orpo", "simpo"}
+
+
+def _drops_nothing(config: RunConfig) -> bool:
+    return hasattr(config.stage_options, "ref_model") and not _has_no_reference(config)
+
+
 _TRAIN_KEYS = (
     *(key for key in TrainConfig.model_fields if key not in _SHARED_KEYS),
     *(key for key in DataConfig.model_fields if key not in _CHAT_KEYS),
@@ -96,5 +104,10 @@ _RULES: tuple[_Rule, ...] = (
     (lambda c: c.model.disable_gradient_checkpointing is True, ("use_reentrant_gc",), "activations are kept"),
     (lambda c: not c.generation.do_sample, ("temperature", "top_p", "top_k"), "do_sample is off"),
     (lambda c: c.generation.num_beams == 1, ("length_penalty",), "num_beams is 1"),
+    (lambda c: getattr(c.stage_options, "pref_loss", "") != "simpo", ("simpo_gamma",), "pref_loss is not simpo"),
+    (_has_no_reference, ("pref_bco_weight", "ref_model", "ref_model_adapters"), "pref_loss needs no reference"),
+    (lambda c: not getattr(c.stage_options, "ref_model", None), ("ref_model_adapters",), "ref_model is not set"),
+    (_drops_nothing, ("lora_dropout",), "a policy that is compared with a reference runs without dropout"),
+    (lambda c: c.train.stage in {"rm", "dpo", "kto"}, ("packing",), "answers to a prompt are never packed"),
     (lambda c: c.generation.max_new_tokens > 0, ("max_length",), "max_new_tokens is set"),
 )

@@ -16,6 +16,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from llamafactory.model.tree_attention import tree_attention
+
 NAME = "segments"
 
 
@@ -43,7 +45,7 @@ def segment_attention(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    segment_lengths: Sequence[int] | None = None,
+    segment_lengths: Sequence[int | Sequence[int]] | None = None,
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -57,7 +59,7 @@ def segment_attention(
         attention_mask: ignored where `segment_lengths` is given.
         dropout: attention dropout probability.
         scaling: factor on the scores; None means `head_dim ** -0.5`.
-        segment_lengths: tokens of each segment, summing to `time`.
+        segment_lengths: tokens of each segment, summing to `time`; or of each prefix tree, see `tree_attention`.
         sliding_window: a token sees itself and the `sliding_window - 1` tokens before it.
         **kwargs: of the stock path.
 
@@ -68,8 +70,12 @@ def segment_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    lengths = [length for length in segment_lengths if isinstance(length, int)]
+    if len(lengths) < len(segment_lengths):
+        trees = [(0, part) if isinstance(part, int) else part for part in segment_lengths]
+        options = {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window}
+        return tree_attention(query, key, value, trees, **options).transpose(1, 2).contiguous(), None
     grouped = query.shape[1] != key.shape[1]
-    lengths = list(segment_lengths)
     pieces = [
         F.scaled_dot_product_attention(
             q,

@@ -28,10 +28,12 @@ from llamafactory.model.plan import plan_training
 from llamafactory.train.checkpoint.room import may_save_async
 from llamafactory.train.checkpoint.snapshot import restore_training
 from llamafactory.train.checkpoint.state import fresh_state, load_state
+from llamafactory.train.companions import load_reference, with_stage_parts
 from llamafactory.train.feed import Feed
 from llamafactory.train.job import Job, Updates
 from llamafactory.train.model_files import ModelFiles
 from llamafactory.train.optim import build_optimizer
+from llamafactory.train.rows import ROWS
 from llamafactory.train.schedule import build_schedule
 from llamafactory.train.stage import Models, load_stage
 from llamafactory.train.step import StageModule
@@ -47,8 +49,7 @@ if TYPE_CHECKING:
 
     from llamafactory.data.pipeline import PreparedData
     from llamafactory.data.table import Examples
-    from llamafactory.data.types import Template
-    from llamafactory.data.views import View
+    from llamafactory.data.types import Template, ViewName
     from llamafactory.extras.hardware import Hardware
     from llamafactory.hparams.model import ModelConfig
     from llamafactory.hparams.run_config import RunConfig
@@ -168,6 +169,7 @@ def load_policy(cfg: RunConfig, plan: ModelPlan, *, resume_from: Path | None) ->
         source, options, folders = _resumed(cfg, resume_from, folders)
     model = load_model(source, dtype=plan.weight_dtype, attention=plan.attention)
     policy = apply_method(model, cfg.train.finetuning_type, options, adapters=folders, trainable=cfg.train.do_train)
+    policy = with_stage_parts(cfg, policy, resume_from=resume_from)
     dtype = torch.bfloat16 if cfg.train.pure_bf16 else torch.float32
     for parameter in policy.parameters():
         if parameter.requires_grad:  # master precision of everything trained, modules_to_save among it
@@ -221,11 +223,11 @@ def assemble_job(
     """
     train = cfg.train
     stage = load_stage(train.stage)
-    module: Any = StageModule(stage, Models(policy=policy, plan=plan), cfg.stage_options)
+    reference = load_reference(cfg, plan, policy, device=accelerator.device)
+    models = Models(policy=policy, plan=plan, reference=reference)
+    module: Any = StageModule(stage, models, cfg.stage_options)
     pad_id = cast("int", tokenizer.pad_token_id)
-    feed = partial(
-        build_feed, cfg, plan, view=find_view(stage.view), pad_id=pad_id, num_ranks=accelerator.num_processes
-    )
+    feed = partial(build_feed, cfg, plan, view=stage.view, pad_id=pad_id, num_ranks=accelerator.num_processes)
     training = feed(data.train, training=True)
     total_steps = training.schedule.total_windows(max_steps=train.max_steps, num_epochs=train.num_train_epochs)
     start, updates = fresh_state(claim.run_id), None
@@ -283,7 +285,14 @@ def _prefix(name: str) -> str:
 
 
 def build_feed(
-    cfg: RunConfig, plan: ModelPlan, examples: Examples, *, view: View, pad_id: int, num_ranks: int, training: bool
+    cfg: RunConfig,
+    plan: ModelPlan,
+    examples: Examples,
+    *,
+    view: ViewName,
+    pad_id: int,
+    num_ranks: int,
+    training: bool,
 ) -> Feed:
     """Batches over examples, for training or for evaluation.
 
@@ -291,15 +300,21 @@ def build_feed(
     most `cutoff_len` tokens and count as one.
     """
     sizes = RowSizes.of(examples)
-    schedule = build_schedule_of_rows(cfg, sizes, is_whole=view.is_whole, num_ranks=num_ranks, training=training)
-    if training and schedule.items and (cfg.data.packing or cfg.data.neat_packing):
+    is_whole = find_view(view).is_whole
+    schedule = build_schedule_of_rows(cfg, sizes, is_whole=is_whole, num_ranks=num_ranks, training=training)
+    if training and schedule.items and not is_whole and (cfg.data.packing or cfg.data.neat_packing):
         filled = sum(schedule.lengths) / (len(schedule.items) * cfg.data.cutoff_len)
         log.info(
             f"packing: {len(examples):,} examples in {len(schedule.items):,} bins of {cfg.data.cutoff_len:,} tokens, "
             f"{filled:.0%} full; examples of a bin never see each other"
         )
+    kind = ROWS[view]
+    read = kind.reader(examples, data_seed(cfg), cfg.data.cutoff_len)
+    if is_whole:  # what a forward pass computes: a prompt that is shared counts once
+        lengths = [sum(kind.num_tokens(row, plan.layout) for row in read(item)) for item in schedule.items]
+        schedule = replace(schedule, lengths=lengths)
     schedule = replace(schedule, micro_batch_tokens=plan.micro_batch_tokens, is_padded=plan.layout == "padded")
-    return Feed(examples=examples, schedule=schedule, layout=plan.layout, pad_id=pad_id)
+    return Feed(examples=examples, schedule=schedule, layout=plan.layout, pad_id=pad_id, kind=kind, read=read)
 
 
 def build_schedule_of_rows(
@@ -308,7 +323,7 @@ def build_schedule_of_rows(
     """Which rows make up which step; the plan then says how many of them share a forward pass."""
     train, sizes = cfg.train, rows.tokens
     items = group_items(rows.offsets) if is_whole else single_items(len(sizes))
-    if training and items and (cfg.data.packing or cfg.data.neat_packing):
+    if training and items and not is_whole and (cfg.data.packing or cfg.data.neat_packing):
         bins = packed_items([sum(sizes[index] for index in item) for item in items], cfg.data.cutoff_len)
         items = [tuple(index for place in places for index in items[place]) for places in bins]
     return Schedule(

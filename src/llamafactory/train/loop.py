@@ -58,16 +58,16 @@ def evaluate(job: Job) -> dict[str, float]:
     """Evaluates every evaluation set once.
 
     Returns:
-        The compatible names: `eval_loss` in nats per supervised token, run time in seconds, and rates.
+        The compatible names: `eval_loss` per unit, the stage's metrics, run time in seconds, and rates.
     """
     values: dict[str, float] = {}
     for prefix, feed in job.evaluation.items():
         started = time.monotonic()
         batches = feed.one_pass(job.accelerator.process_index)
-        loss, units = steps.evaluation_loss(job.accelerator, job.module, batches)
+        averages, units = steps.evaluation_loss(job.accelerator, job.module, batches)
         seconds = time.monotonic() - started
         values |= {
-            f"{prefix}_loss": loss,
+            **{f"{prefix}_{name}": value for name, value in averages.items()},
             f"{prefix}_runtime": round(seconds, 4),
             f"{prefix}_samples_per_second": round(len(feed.examples) / seconds, 3),
             f"{prefix}_steps_per_second": round(feed.schedule.windows_per_epoch / seconds, 3),
@@ -117,7 +117,7 @@ class _Run:
         self._evaluated: tuple[int, dict[str, float]] | None = None
         self._peak = job.measure_peak()
         self._peaks_left = 3
-        self._whole, self._since_log = Span(), Span()
+        self._whole, self._since_log = Span(job.accelerator.device), Span(job.accelerator.device)
         self._logged_at = self._saved_at = job.start.step
         job.module.train()
 
@@ -155,7 +155,7 @@ class _Run:
         self._points.append(ReturnPoint.take(self.step, self.updates, self.supervised, self.num_tokens))
         self._is_in_window = True
         window = job.feed.window(self.step, job.accelerator.process_index)
-        loss = steps.accumulate(job.accelerator, job.module, window)
+        sums = steps.accumulate(job.accelerator, job.module, window)
         if failed:
             poison(job.module)
         norm, is_taken = steps.apply_gradient(
@@ -163,7 +163,7 @@ class _Run:
             job.module,
             self.updates.optimizer,
             job.cfg.max_grad_norm,
-            admits=lambda norm: self.guard.admits(self.step, loss, norm, job.module),
+            admits=lambda norm: self.guard.admits(self.step, sums.loss, norm, job.module),
         )
         self._is_in_window = False
         rate = float(self.updates.scheduler.get_last_lr()[0])
@@ -172,13 +172,13 @@ class _Run:
         if not is_taken:
             self._say_skipped()
             return
-        self.supervised += window.num_units
+        self.supervised += window.num_targets
         self.num_tokens += sum(window.lengths)
-        flops = job.step_flops(list(window.lengths), window.num_units)
+        flops = job.step_flops(list(window.lengths), window.num_targets)
         for span in (self._whole, self._since_log):
-            span.add(loss, window.num_units, sum(window.lengths), len(window.lengths), flops)
+            span.add(sums, window, flops)
             span.grad_norm, span.learning_rate = norm, rate
-        self._since_log.steps.append((self.step, loss, window.num_units))
+        self._since_log.steps.append((self.step, sums, window.num_units))
         self.log.advance(self.step)
 
     def _say_skipped(self) -> None:
@@ -227,14 +227,15 @@ class _Run:
             "loss": loss,
             "lr": span.learning_rate,
             "grad_norm": None if span.grad_norm is None else float(span.grad_norm),
-            "throughput": round(span.units / seconds, 2),
+            "throughput": round(span.targets / seconds, 2),
             "total_tokens": self.num_tokens,
             "supervised_tokens": self.supervised,
             "mfu": self._mfu(span, seconds),
             "save_stall": round(span.stalled, 4) if span.stalled else None,
             "skipped_steps": self.guard.num_skipped or None,
+            **span.sums.averages(self.job.accelerator),
         }
-        self._since_log = Span()
+        self._since_log = Span(self.job.accelerator.device)
         self._logged_at = self.step
         self.log.write(self.step, self.epoch, row)
 
@@ -249,7 +250,8 @@ class _Run:
         with self._pause("evaluating"):
             failpoints.visit("eval")
             values = evaluate(self.job)
-            self.log.write(self.step, self.epoch, {key: x for key, x in values.items() if key.endswith("_loss")})
+            rates = ("_runtime", "_per_second", "_supervised_tokens")
+            self.log.write(self.step, self.epoch, {key: x for key, x in values.items() if not key.endswith(rates)})
         self._evaluated = self.step, values
         if self.step:
             self.best = judge(self.best, values, self.step, self.job.cfg)
@@ -323,7 +325,7 @@ class _Run:
             metrics["train_runtime"] = round(seconds, 4)
             metrics["train_samples_per_second"] = round(span.examples / seconds, 3)
             metrics["train_steps_per_second"] = round((self.step - self.job.start.step) / seconds, 3)
-            metrics["train_supervised_tokens_per_second"] = round(span.units / seconds, 2)
+            metrics["train_supervised_tokens_per_second"] = round(span.targets / seconds, 2)
             metrics["total_flos"] = float(span.flops or 0)
             if self.job.cfg.include_effective_tokens_per_second:
                 metrics["effective_tokens_per_sec"] = round(span.tokens / seconds, 2)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from llamafactory.data.saved_template import CHAT_TEMPLATE_NAME
 from llamafactory.extras.files import give_usual_modes
+from llamafactory.model.reference import ADAPTER
+from llamafactory.model.valuehead import split_value_head
 from llamafactory.train.checkpoint.tensors import frozen_storages, host_copy
 
 if TYPE_CHECKING:
@@ -45,12 +47,14 @@ class ModelFiles:
         return partial(self._write, state=state)
 
     def _write(self, folder: Path, state: Mapping[str, Tensor] | None) -> None:
+        model, state = split_value_head(self._policy, folder, state)
         options: dict[str, Any] = {} if state is None else {"state_dict": dict(state)}
-        if hasattr(self._policy, "peft_config"):
-            self._policy.save_pretrained(str(folder), save_embedding_layers=False, **options)
+        if hasattr(model, "peft_config"):
+            options["selected_adapters"] = [name for name in model.peft_config if name != ADAPTER]
+            model.save_pretrained(str(folder), save_embedding_layers=False, **options)
             (folder / "README.md").unlink(missing_ok=True)
         else:
-            self._policy.save_pretrained(str(folder), **options)
+            model.save_pretrained(str(folder), **options)
         for name, content in self._tokenizer_files.items():
             (folder / name).write_bytes(content)
         give_usual_modes(folder)

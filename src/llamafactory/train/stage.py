@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
     from llamafactory.data.batch import Batch
     from llamafactory.data.types import ViewName
-    from llamafactory.hparams.section import Section
     from llamafactory.model.plan import ModelPlan
+    from llamafactory.model.reference import Reference
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,10 +22,12 @@ class Models:
     Attributes:
         policy: the model that is trained.
         plan: how it is run.
+        reference: the frozen model that the policy is compared with, or None.
     """
 
     policy: nn.Module
     plan: ModelPlan
+    reference: Reference | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,12 +35,20 @@ class LossOutput:
     """The loss of one batch, not yet divided.
 
     Attributes:
-        loss_sum: scalar, summed over the batch's supervised units.
-        num_units: the units on this device (supervised tokens in SFT); the loop divides by their global number.
+        loss_sum: scalar, summed over the batch's units.
+        num_units: the units on this device (supervised tokens in SFT, pairs in DPO); the loop divides by their global
+            number.
+        metrics: name -> float32 `[2]` on the device, a sum and what it is divided by; summed over batches and ranks
+            before the division. No gradient.
     """
 
     loss_sum: Tensor
     num_units: int
+    metrics: Mapping[str, Tensor] = field(default_factory=dict[str, "Tensor"])
+
+
+def _never(options: Any) -> bool:
+    return False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,11 +59,24 @@ class Stage:
         name: as in the key `stage`.
         view: how it reads rows: `sft`, `pairs`, `feedback`, `text` or `prompts` (see `data.views`).
         loss: `(models, batch, options) -> LossOutput`.
+        prepare: `(models, batch, options) -> (sums, batch)`, run without gradients on every batch of an optimizer step
+            before its first loss. The sums, added up over batches and ranks, come back to `loss` as
+            `batch.step_sums`; so a statistic of the step does not depend on how the step is split.
+        prepares: `options -> bool`, whether `prepare` is needed.
+        needs_reference: `options -> bool`.
+        has_value_head: the policy gets a head that gives one number a token.
+        summarise: `averages -> averages`, what follows from an evaluation's averages, for example perplexity; names
+            come without their prefix.
     """
 
     name: str
     view: ViewName
-    loss: Callable[[Models, Batch, Section], LossOutput]
+    loss: Callable[[Models, Any, Any], LossOutput]
+    prepare: Callable[[Models, Any, Any], tuple[Tensor, Batch]] | None = None
+    prepares: Callable[[Any], bool] = _never
+    needs_reference: Callable[[Any], bool] = _never
+    has_value_head: bool = False
+    summarise: Callable[[Mapping[str, float]], Mapping[str, float]] | None = None
 
 
 def load_stage(name: str) -> Stage:

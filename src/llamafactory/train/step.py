@@ -1,18 +1,20 @@
 """One optimizer step and one evaluation: the arithmetic of the loop, without its bookkeeping.
 
-The gradient of a step is that of the sum of its losses divided by its global number of supervised tokens, however the
+The gradient of a step is that of the sum of its losses divided by its global number of units, however the
 step is split into micro-batches and ranks. No value is read back from the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, cast
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+
+from llamafactory.train.metrics import Sums, summed
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -36,42 +38,55 @@ class StageModule(nn.Module):
         """Computes the stage's loss on one batch."""
         return self._stage.loss(replace(self._models, policy=self.policy), batch, self._options)
 
+    @property
+    def prepares(self) -> bool:
+        """Whether batches go through `prepare` before the first loss of their optimizer step."""
+        return self._stage.prepares(self._options)
 
-@dataclass(frozen=True, kw_only=True)
-class StepOutput:
-    """Sums of one optimizer step, on the device.
+    def prepare(self, batch: Any) -> tuple[Tensor, Batch]:
+        """Measures what the stage needs to know of the whole optimizer step; see `Stage.prepare`."""
+        if self._stage.prepare is None:
+            raise ValueError(f"stage {self._stage.name} has no prepare")
+        with torch.no_grad():
+            return self._stage.prepare(replace(self._models, policy=self.policy), batch, self._options)
 
-    Attributes:
-        loss_sum: of this rank's batches.
-        num_units: supervised tokens of all ranks.
-        grad_norm: global norm before clipping, or None where clipping is off.
-    """
-
-    loss_sum: Tensor
-    num_units: int
-    grad_norm: Tensor | None
+    def summarise(self, averages: Mapping[str, float]) -> Mapping[str, float]:
+        """What follows from the averages of an evaluation."""
+        return {} if self._stage.summarise is None else self._stage.summarise(averages)
 
 
-def accumulate(accelerator: Accelerator, module: nn.Module, window: Window) -> Tensor:
+def accumulate(accelerator: Accelerator, module: nn.Module, window: Window) -> Sums:
     """Adds the gradient of a window to the parameters' `.grad`.
 
     Args:
         accelerator: of the run.
         module: the prepared `StageModule`.
-        window: this rank's batches and the global number of supervised tokens.
+        window: this rank's batches and the global number of units.
 
     Returns:
-        The sum of this rank's losses, a scalar on the device.
+        The sums of this rank's losses and metrics, on the device.
     """
     scale = accelerator.num_processes / max(1, window.num_units)  # DDP averages over ranks
-    total = torch.zeros((), device=accelerator.device)
-    for place, batch in enumerate(window.batches, start=1):
-        is_last = place == len(window.batches)
+    sums = Sums(accelerator.device)
+    batches = ready_batches(accelerator, module, window.batches)
+    for place, batch in enumerate(batches, start=1):
+        is_last = place == len(batches)
         with nullcontext() if is_last else accelerator.no_sync(module):
-            output: LossOutput = module(batch.to(accelerator.device))
+            output: LossOutput = module(batch)
             accelerator.backward(output.loss_sum * scale)
-        total += output.loss_sum.detach()
-    return total
+        sums.add(output)
+    return sums
+
+
+def ready_batches(accelerator: Accelerator, module: nn.Module, batches: Sequence[Batch]) -> list[Batch]:
+    """The batches of one optimizer step on the device, with what their stage measures over the whole step."""
+    stage: StageModule = accelerator.unwrap_model(module)
+    moved = [batch.to(accelerator.device) for batch in batches]
+    if not stage.prepares:
+        return moved
+    prepared = [stage.prepare(batch) for batch in moved]
+    total = summed(accelerator, torch.stack([sums for sums, _ in prepared]).sum(dim=0))
+    return [replace(cast("Any", batch), step_sums=total) for _, batch in prepared]
 
 
 def apply_gradient(
@@ -103,27 +118,29 @@ def apply_gradient(
     return norm, is_taken
 
 
-def summed(accelerator: Accelerator, tensor: Tensor) -> Tensor:
-    """The sum of a tensor over all ranks; waits for them."""
-    return cast("Tensor", accelerator.reduce(tensor, reduction="sum"))
-
-
 @torch.no_grad()
-def evaluation_loss(accelerator: Accelerator, module: nn.Module, batches: Iterable[Batch]) -> tuple[float, int]:
-    """Mean loss over all ranks' supervised tokens. Memory does not grow with the number of batches.
+def evaluation_loss(
+    accelerator: Accelerator, module: nn.Module, steps: Iterable[Sequence[Batch]]
+) -> tuple[dict[str, float], int]:
+    """Averages over all ranks' units. Memory does not grow with the number of batches.
+
+    Args:
+        accelerator: of the run.
+        module: the prepared `StageModule`.
+        steps: this rank's batches, those of one step together.
 
     Returns:
-        The mean in nats per supervised token, and their number.
+        The mean loss per unit under `loss`, the stage's metrics under their names, and the number of units.
     """
     was_training = module.training
     module.eval()
-    sums = torch.zeros(
-        2, dtype=torch.float64, device="cpu" if accelerator.device.type == "mps" else accelerator.device
-    )
-    for batch in batches:
-        output: LossOutput = module(batch.to(accelerator.device))
-        sums[0] += output.loss_sum
-        sums[1] += output.num_units
+    sums = Sums(accelerator.device)
+    for batches in steps:
+        for batch in ready_batches(accelerator, module, batches):
+            sums.add(module(batch))
     module.train(was_training)
-    total, units = summed(accelerator, sums).tolist()
-    return (total / units if units else float("nan")), int(units)
+    units = int(summed(accelerator, torch.tensor(sums.num_units, device=accelerator.device)))
+    averages = sums.averages(accelerator)
+    loss = float(summed(accelerator, sums.loss.clone())) / units if units else float("nan")
+    averages = {"loss": loss, **averages}
+    return {**averages, **accelerator.unwrap_model(module).summarise(averages)}, units

@@ -1,0 +1,70 @@
+"""The frozen model that a stage compares the policy with: another model, an adapter, or the policy's base.
+
+What this file never does: change a weight, or decide whether a stage needs a reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+ADAPTER = "reference"
+"""Name of the frozen copy of an adapter that training continues."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reference:
+    """Where the reference is.
+
+    Attributes:
+        model: a model of its own, or None where the policy holds the reference.
+        adapter: name of the policy's frozen adapter, or None where the reference is the policy without any adapter.
+    """
+
+    model: nn.Module | None = None
+    adapter: str | None = None
+
+    @contextmanager
+    def of(self, policy: nn.Module) -> Iterator[nn.Module]:
+        """The reference as a model, in evaluation mode and without gradients, while the context lasts.
+
+        Args:
+            policy: the model that is trained; its state is the same again afterwards.
+        """
+        import torch
+
+        if self.model is not None:
+            with torch.no_grad():
+                yield self.model
+            return
+        was_training = policy.training
+        policy.eval()
+        try:
+            with torch.no_grad(), self._switched(policy):
+                yield policy
+        finally:
+            policy.train(was_training)
+
+    @contextmanager
+    def _switched(self, policy: Any) -> Iterator[None]:
+        if self.adapter is None:
+            with policy.disable_adapter():
+                yield
+            return
+        trained = policy.active_adapter
+        policy.base_model.set_adapter(self.adapter, inference_mode=True)
+        try:
+            yield
+        finally:
+            policy.base_model.set_adapter(trained)
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """The same model, in evaluation mode, no weight of it trainable."""
+    model.requires_grad_(False)
+    return model.eval()

@@ -1,0 +1,105 @@
+"""A prompt that is there once gives the loss and the gradient of sequences that each have their own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from llamafactory.data.answer_batch import num_batch_tokens, shared_length
+from llamafactory.model.reference import Reference, freeze
+from llamafactory.model.valuehead import add_value_head
+from llamafactory.train.rows import ROWS
+from llamafactory.train.stage import Models
+from llamafactory.train.stages import dpo, kto, rm
+
+OPTIONS = {
+    "sigmoid": dpo.Options(),
+    "ipo": dpo.Options(pref_loss="ipo"),
+    "orpo": dpo.Options(pref_loss="orpo"),
+    "simpo, ftx": dpo.Options(pref_loss="simpo", pref_ftx=0.3),
+    "ld": dpo.Options(ld_alpha=0.4),
+    "kto_pair": dpo.Options(pref_loss="kto_pair"),
+    "bco": dpo.Options(pref_bco_weight=1.0),
+}
+MODELS = {"llama": {}, "mistral": {"sliding_window": 6}, "qwen3": {}}
+
+
+def measure(stage, models, batch, options):
+    """Loss, metrics and the gradient of every parameter."""
+    if stage.prepares(options):
+        with torch.no_grad():
+            sums, batch = stage.prepare(models, batch, options)
+        batch = replace(batch, step_sums=sums)
+    models.policy.zero_grad()
+    output = stage.loss(models, batch, options)
+    output.loss_sum.backward()
+    gradients = [p.grad.flatten() for p in models.policy.parameters() if p.grad is not None]
+    return replace(output, loss_sum=output.loss_sum.detach()), torch.cat(gradients).clone()
+
+
+def compare(stage, models, groups, options):
+    view = ROWS[stage.view]
+    shared, gradient = measure(stage, models, view.collate(groups, "flat", 0), options)
+    alone, expected = measure(stage, models, view.collate(groups, "padded", 0), options)
+    assert float(shared.loss_sum) == pytest.approx(float(alone.loss_sum), rel=1e-5)
+    assert float((gradient - expected).norm() / expected.norm()) < 1e-5
+    assert shared.num_units == alone.num_units == len(groups)
+    for name, values in shared.metrics.items():
+        assert values.tolist() == pytest.approx(alone.metrics[name].tolist(), rel=1e-4, abs=1e-4), name
+
+
+@pytest.mark.parametrize(
+    ("name", "model_type"), [*((name, "llama") for name in OPTIONS), ("sigmoid", "mistral"), ("sigmoid", "qwen3")]
+)
+def test_pairs(name, model_type, groups, make_model, plan):
+    policy = make_model(model_type, **MODELS[model_type])
+    reference = make_model(model_type, **MODELS[model_type], initializer_range=0.05)
+    models = Models(policy=policy, plan=plan, reference=Reference(model=freeze(reference)))
+    compare(dpo.STAGE, models, groups, OPTIONS[name])
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_scores(model_type, groups, make_model, plan):
+    policy = add_value_head(make_model(model_type, **MODELS[model_type]))
+    compare(rm.STAGE, Models(policy=policy, plan=plan), groups, rm.Options())
+
+
+def test_judged_answers(groups, make_model, plan):
+    reference = make_model(initializer_range=0.05)
+    models = Models(policy=make_model(), plan=plan, reference=Reference(model=freeze(reference)))
+    compare(kto.STAGE, models, groups, kto.Options(pref_ftx=0.2, kto_rejected_weight=1.5))
+
+
+def test_each_pair_alone_gives_the_scores_of_the_batch(groups, make_model, plan):
+    from llamafactory.train.answers import answer_scores
+
+    policy = add_value_head(make_model())
+    batch = ROWS["pairs"].collate(groups, "flat", 0)
+    together = answer_scores(policy, batch)
+    for number, group in enumerate(groups):
+        for side, answer in enumerate(group.answers):
+            ids = torch.tensor(answer.input_ids.tolist())[None]
+            states = policy.pretrained_model.base_model(input_ids=ids).last_hidden_state[0, -1:]
+            torch.testing.assert_close(together[2 * number + side], policy.v_head(states)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_the_prefix_is_counted_once(groups):
+    batch = ROWS["pairs"].collate(groups, "flat", 0)
+    assert batch.num_tokens == sum(num_batch_tokens(group.answers, "flat") for group in groups)
+    assert batch.num_tokens < sum(len(answer) for group in groups for answer in group.answers)
+    assert [shared_length(group.answers) for group in groups[:4]] == [12, 15, 0, 15]
+    assert sum(sum(tree) for tree in batch.segment_lengths) == batch.num_tokens
+
+
+def test_a_group_that_does_not_count_changes_nothing(groups, make_model, plan):
+    view = ROWS["pairs"]
+    models = Models(policy=make_model(), plan=plan)
+    options = dpo.Options(pref_loss="orpo")
+    whole, gradient = measure(dpo.STAGE, models, view.collate(groups, "flat", 0), options)
+    more = [*groups, view.blank(groups[0])]
+    found, same = measure(dpo.STAGE, models, view.collate(more, "flat", 0), options)
+    assert found.num_units == whole.num_units
+    assert float(found.loss_sum) == pytest.approx(float(whole.loss_sum), rel=1e-6)
+    assert float((same - gradient).norm() / gradient.norm()) < 1e-5
