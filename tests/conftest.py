@@ -39,6 +39,14 @@ def _no_network() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_token_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests neither find nor leave tokenised rows in this user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLAMAFACTORY_TOKEN_CACHE", str(tmp_path_factory.mktemp("tokens")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def repo_dir() -> Path:
     """The repository's root."""

@@ -116,7 +116,7 @@ def test_other_names_are_understood_with_a_note(
 
 
 def test_keys_without_effect_give_one_note(good: dict[str, Any]) -> None:
-    given = {"preprocessing_num_workers": 16, "overwrite_cache": True, "dataloader_num_workers": 4}
+    given = {"preprocessing_num_workers": 16, "preprocessing_batch_size": 5, "dataloader_num_workers": 4}
     (note,) = resolve_config(good | given).notes
     assert note.startswith("accepted, without effect:")
     assert all(key in note for key in given)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import date
 from functools import cache
 from typing import Any, cast
 
@@ -164,6 +165,12 @@ class NamedTemplate:
     def is_tokenized_whole(self) -> bool:
         """False: prompts and answers are tokenised each on their own, as users of named templates know it."""
         return False
+
+    @property
+    def identity(self) -> Mapping[str, object]:
+        """Markup and options, and the day where the tool format names it."""
+        names_day = getattr(self.tool_format, "NAMES_DAY", False)
+        return asdict(self) | ({"day": date.today().isoformat()} if names_day else {})
 
     @property
     def tool_format(self) -> ToolFormat:

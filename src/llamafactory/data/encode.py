@@ -48,6 +48,7 @@ class Encoder:
     """Tokenises turns with one tokenizer.
 
     Attributes:
+        backend: the Rust tokenizer, set neither to cut nor to pad.
         num_shifted: sequences of a whole-text template in which the ids of a prompt change when its answer follows, so
             that generation starts from slightly other ids than training saw.
     """
@@ -59,9 +60,9 @@ class Encoder:
             tokenizer: a transformers tokenizer with a `backend_tokenizer`, or a `tokenizers.Tokenizer`.
             is_whole: ids must be those of each sequence's whole text, see `Template.is_tokenized_whole`.
         """
-        self._backend: Tokenizer = clean_backend(tokenizer)
+        self.backend: Tokenizer = clean_backend(tokenizer)
         self._plain: Tokenizer | None = None
-        self._special = special_token_pattern(self._backend)
+        self._special = special_token_pattern(self.backend)
         self._is_whole = is_whole
         self.num_shifted = 0
 
@@ -73,7 +74,7 @@ class Encoder:
         )
         if self._is_whole:
             texts |= dict.fromkeys(_whole_text(turns) for turns in runs if not self._has_mixed(turns))
-        ids_of = dict(zip(texts, self._encode_batch(self._backend, list(texts)), strict=True))
+        ids_of = dict(zip(texts, self._encode_batch(self.backend, list(texts)), strict=True))
         return [self._sequence(turns, ids_of) for turns in runs]
 
     def _sequence(
@@ -105,7 +106,7 @@ class Encoder:
         None if a token reaches from a prompt into its answer: generation cannot write that token, so the ids of the
         parts are right.
         """
-        encoding = self._backend.encode(_whole_text(turns), add_special_tokens=False)
+        encoding = self.backend.encode(_whole_text(turns), add_special_tokens=False)
         starts = [offset[0] for offset in encoding.offsets]
         encoded, position, token = [], 0, 0
         for prompt, answer in turns:
@@ -126,7 +127,7 @@ class Encoder:
                 EncodedTurn(prompt_ids=sides[0], prompt_weights=sides[1], answer_ids=sides[2], answer_weights=sides[3])
             )
         asked = "".join(run.text for run in turns[0][0])
-        if self._backend.encode(asked, add_special_tokens=False).ids != list(encoded[0].prompt_ids):
+        if self.backend.encode(asked, add_special_tokens=False).ids != list(encoded[0].prompt_ids):
             self.num_shifted += 1
         return encoded
 
@@ -142,12 +143,12 @@ class Encoder:
     def _mixed(self, run: _Run) -> list[int]:
         """Ids of a run with special tokens where the markup has them, and plain text everywhere else."""
         if self._plain is None:
-            self._plain = type(self._backend).from_str(self._backend.to_str())
+            self._plain = type(self.backend).from_str(self.backend.to_str())
             self._plain.encode_special_tokens = True
         ids: list[int] = []
         for is_special, pieces in groupby(self._split(run.segments), key=lambda piece: piece[0]):
             text = "".join(piece[1] for piece in pieces)
-            ids += (self._backend if is_special else self._plain).encode(text, add_special_tokens=False).ids
+            ids += (self.backend if is_special else self._plain).encode(text, add_special_tokens=False).ids
         return ids
 
     def _split(self, segments: Sequence[Segment]) -> list[tuple[bool, str]]:

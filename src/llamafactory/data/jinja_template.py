@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from datetime import date
 from typing import Any
 
 from llamafactory.data.answer_span import AnswerSpan, Rendered, find_answer
@@ -59,6 +60,7 @@ class JinjaTemplate:
             DataError: not valid Jinja, or a template that does not know `preserve_thinking`.
         """
         self._compiled = compile_jinja(jinja)
+        self._jinja = jinja
         known = jinja_variables(jinja)
         self._variables: dict[str, Any] = {
             key: str(value) for key in _TOKENS if (value := getattr(tokenizer, key, None)) is not None
@@ -88,6 +90,12 @@ class JinjaTemplate:
     def is_tokenized_whole(self) -> bool:
         """True: ids are those that `apply_chat_template` gives."""
         return True
+
+    @property
+    def identity(self) -> Mapping[str, object]:
+        """The template's text, what it is given, and the day where it asks for that."""
+        identity = {"jinja": self._jinja, "given": self._variables, "default_system": self._default_system}
+        return identity | ({"day": date.today().isoformat()} if "strftime_now" in self._jinja else {})
 
     @property
     def tool_format(self) -> ToolFormat | None:

@@ -60,18 +60,18 @@ class RecordReader:
 
     def __iter__(self) -> Iterator[tuple[str, Record]]:
         """Origin and record of each row that keeps the rules."""
-        row_format = find_format(self.spec.formatting)
-        for row in self._rows():
+        for row in self.rows():
             self.num_rows += 1
-            self._hash.update(json.dumps(row.values, default=str, sort_keys=True).encode())
+            self._hash.update(hashable(row))
             try:
-                record = self._read(row, row_format)
+                record = self.read(row)
             except RowError as error:
                 self.lose(row.origin, error)
                 continue
             yield row.origin, record
 
-    def _rows(self) -> Iterator[SourceRow]:
+    def rows(self) -> Iterator[SourceRow]:
+        """The rows that are asked for, not yet read as records."""
         if (wanted := self.spec.num_samples) is None:
             return islice(read_source(self.spec), self.max_samples)
         total = sum(1 for _ in read_source(self.spec))  # a second pass needs less memory than all rows
@@ -80,8 +80,14 @@ class RecordReader:
         kept = {number: row for number, row in enumerate(read_source(self.spec)) if number in needed}
         return (kept[number] for number in numbers)
 
-    def _read(self, row: SourceRow, row_format: RowFormat) -> Record:
-        record = read_record(row, row_format, self.spec)
+    def read(self, row: SourceRow) -> Record:
+        """The row as a record.
+
+        Raises:
+            RowError: the row breaks a rule.
+            DataError: it brings media that are not allowed.
+        """
+        record = read_record(row, find_format(self.spec.formatting), self.spec)
         if not self.allows_media and (media := conversation_of(record).media):
             raise DataError(
                 f"{media[0].kind}s are not trained in this version",
@@ -102,6 +108,11 @@ def read_record(row: SourceRow, row_format: RowFormat, spec: DatasetSpec) -> Rec
     if row.fault is not None:
         raise row.fault
     return with_media(row_format.read_row(row.values, spec, row.origin), row.values, spec)
+
+
+def hashable(row: SourceRow) -> bytes:
+    """The content of a row as bytes that two rows share only if they are alike."""
+    return json.dumps(row.values, default=str, sort_keys=True).encode()
 
 
 def fill_variables(record: Record, variables: Mapping[str, str], dataset: str) -> Record:

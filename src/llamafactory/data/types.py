@@ -197,6 +197,11 @@ class Template(Protocol):
         """Whether token ids are those of the whole text (a tokenizer's own template), not of each turn's parts."""
         ...
 
+    @property
+    def identity(self) -> Mapping[str, object]:
+        """All that decides what it writes, beside this program's code, as JSON-able values."""
+        ...
+
     def render(self, conversation: Conversation) -> Sequence[tuple[Turn, ...]]:
         """Turns of a whole dialogue.
 

@@ -46,3 +46,12 @@ def give_usual_modes(folder: Path) -> None:
     os.umask(mask)
     for path in folder.rglob("*.safetensors"):
         path.chmod(0o666 & ~mask)
+
+
+def user_cache_dir() -> Path:
+    """This user's cache folder for this program (`XDG_CACHE_HOME` where it is set)."""
+    if root := os.environ.get("XDG_CACHE_HOME"):
+        return Path(root) / "llamafactory"
+    if sys.platform == "win32" and (local := os.environ.get("LOCALAPPDATA")):
+        return Path(local) / "llamafactory" / "Cache"
+    return Path.home() / ".cache" / "llamafactory"

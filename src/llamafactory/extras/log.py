@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _LEVELS = {"DEBUG": 10, "INFO": 20, "WARN": 30, "WARNING": 30, "ERROR": 40, "CRITICAL": 50}
 _said_once: set[str] = set()
+_recordings: list[list[tuple[str, str]]] = []
 
 
 def info(message: str, *, once: bool = False) -> None:
@@ -33,12 +36,35 @@ def debug(message: str) -> None:
     _say("DEBUG", "debug: ", message, once=False)
 
 
+@contextmanager
+def recording() -> Iterator[list[tuple[str, str]]]:
+    """Collects what is said inside with `once=True`, as (kind, message), whether or not it is shown.
+
+    Whoever keeps the result of work can keep its warnings with it, and repeat them with `repeat`.
+    """
+    said: list[tuple[str, str]] = []
+    _recordings.append(said)
+    try:
+        yield said
+    finally:
+        _recordings.remove(said)
+
+
+def repeat(kind: str, message: str) -> None:
+    """Says what `recording` collected, unless it was said before."""
+    {"info": info, "note": note, "warning": warn}[kind](message, once=True)
+
+
 def is_main_process() -> bool:
     """Whether this process has global rank 0; true where no launcher set a rank."""
     return (os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0") in {"0", "-1"}
 
 
 def _say(level: str, prefix: str, message: str, *, once: bool) -> None:
+    for said in _recordings if once else ():
+        entry = (prefix.removesuffix(": ") or "info", message)
+        if entry not in said:
+            said.append(entry)
     threshold = _LEVELS.get(os.environ.get("LLAMAFACTORY_VERBOSITY", "INFO").upper(), 20)
     if _LEVELS[level] < threshold or not is_main_process():
         return

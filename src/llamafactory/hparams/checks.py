@@ -51,7 +51,7 @@ def check_required(config: RunConfig) -> Iterator[Problem]:
 
 def check_data_for_training(config: RunConfig) -> Problem | None:
     """Training needs rows."""
-    if config.command != "train" or not config.train.do_train or config.data.dataset:
+    if config.command != "train" or not config.train.do_train or config.data.dataset or config.data.tokenized_path:
         return None
     return Problem(
         key="dataset",

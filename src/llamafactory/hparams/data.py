@@ -64,6 +64,10 @@ class DataConfig(Section):
         "answer, last trains only the last one.",
         group=_LOSS,
     )
+    tokenized_path: str | None = option(
+        None, "Folder for the tokenised rows: filled by the first run, read (and checked) by later ones.", group=_BATCH
+    )
+    overwrite_cache: bool = option(False, "Tokenise again, whatever the cache holds.", group=_BATCH)
     cutoff_len: int = option(2048, "Longest example, in tokens.", group=_BATCH, ge=8)
     overlong: Literal["truncate", "drop", "error"] = option(
         "truncate", "What happens to an example longer than cutoff_len.", group=_BATCH

@@ -22,7 +22,15 @@ from llamafactory.hparams.section import Section, kinds_of
 from llamafactory.hparams.type_problems import shown, type_problem
 
 _PATH_KEYS = frozenset(
-    {"model_name_or_path", "adapter_name_or_path", "cache_dir", "dataset_dir", "output_dir", "export_dir"}
+    {
+        "model_name_or_path",
+        "adapter_name_or_path",
+        "cache_dir",
+        "dataset_dir",
+        "output_dir",
+        "export_dir",
+        "tokenized_path",
+    }
     | {"resume_from_checkpoint"}
 )
 

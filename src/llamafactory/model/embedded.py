@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory.extras.errors import LlamaFactoryError
-from llamafactory.extras.files import fsync, sha256_of
+from llamafactory.extras.files import fsync, sha256_of, user_cache_dir
 from llamafactory.extras.log import info
 
 EMBEDDED_NAME = "SmolLM2-135M-Instruct"
@@ -74,15 +73,6 @@ def resolve_model_path(name: str, *, cache_dir: Path | None = None, offline: boo
             f"or, while online, download it from the hub:  hf download {HUB_ID}"
         )
     return HUB_ID
-
-
-def user_cache_dir() -> Path:
-    """Return this user's cache folder for this program (`XDG_CACHE_HOME` where it is set)."""
-    if root := os.environ.get("XDG_CACHE_HOME"):
-        return Path(root) / "llamafactory"
-    if sys.platform == "win32" and (local := os.environ.get("LOCALAPPDATA")):
-        return Path(local) / "llamafactory" / "Cache"
-    return Path.home() / ".cache" / "llamafactory"
 
 
 def find_packaged_model() -> PackagedModel | None:

@@ -66,6 +66,7 @@ def _run(cfg: RunConfig, claim: Claim, stop: StopRequest) -> RunResult:
         access=access_of(cfg.data, cfg.model),
         for_training=cfg.train.do_train,
         output_dir=claim.output_dir if log.is_main_process() else None,
+        cache_dir=Path(cfg.model.cache_dir) if cfg.model.cache_dir else None,
     )
     stop.check()
     if cfg.train.rerun_of:

@@ -14,6 +14,8 @@ from llamafactory.data.tool_formats.parts.results import join_with
 from llamafactory.data.tool_formats.parts.syntax import Block, Syntax, Tools, fixed
 from llamafactory.data.types import Piece, ToolCall
 
+NAMES_DAY = True
+"""The text is another one tomorrow, so that rows tokenised today must be tokenised again."""
 _OBJECT = '{"name"'
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
