@@ -58,7 +58,8 @@ def rows_digest(spec: DatasetSpec) -> str:
     digest = sha256()
     if spec.source == "file":
         for file in list_files(Path(spec.location)):
-            with SourceFile.at(file).open() as stream:
+            with SourceFile.at(file).open() as opened:
+                stream: Any = opened
                 digest.update(f"{file.suffix.lower()} {file_digest(stream, 'sha256').hexdigest()}\n".encode())
     else:
         for row in read_source(spec):
