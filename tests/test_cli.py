@@ -81,7 +81,7 @@ def test_help_of_each_command(name: str, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_check_of_a_good_config(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["check", "c.yaml", "seed=7", "overwrite_cache=true"]) == 0
+    assert cli.main(["check", "c.yaml", "seed=7", "preprocessing_batch_size=5"]) == 0
     shown = capsys.readouterr().out
     assert "set (6):" in shown
     assert "  model_name_or_path  model     c.yaml:1" in shown
