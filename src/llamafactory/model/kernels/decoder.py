@@ -39,8 +39,11 @@ def decode(base: PreTrainedModel, batch: Batch) -> Tensor | None:
         `[targets, width]`, or None where this path does not apply.
     """
     body: Any = base.base_model
-    blocks = None if batch.segment_lengths is None else read_blocks(base)
-    if blocks is None or batch.segment_lengths is None or torch.is_autocast_enabled("cpu"):
+    lengths = [length for length in batch.segment_lengths or () if isinstance(length, int)]
+    if not lengths or len(lengths) < len(batch.segment_lengths or ()):  # padded, or prefix trees
+        return None
+    blocks = read_blocks(base)
+    if blocks is None or torch.is_autocast_enabled("cpu"):
         return None
     embedded = body.embed_tokens(batch.input_ids)
     if embedded.dtype is not torch.float32 or embedded.device.type != "cpu":
@@ -49,7 +52,7 @@ def decode(base: PreTrainedModel, batch: Batch) -> Tensor | None:
     states = embedded[0]
     for place, (layer, block) in enumerate(zip(body.layers, blocks, strict=True)):
         layout = Layout(
-            lengths=batch.segment_lengths,
+            lengths=tuple(lengths),
             rotation=rotation if getattr(layer.self_attn, "use_rope", True) else None,
             rows=batch.target_rows if place == len(blocks) - 1 else None,
         )
