@@ -17,6 +17,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from reference_page import write_or_check
+
 from llamafactory.data.encode import Encoder, assemble
 from llamafactory.data.jinja_messages import as_dicts
 from llamafactory.data.jinja_template import JinjaTemplate
@@ -211,13 +213,7 @@ def main(words: list[str]) -> int:
     Returns:
         0, or 1 where `--check` finds another text.
     """
-    if "--check" not in words:
-        PAGE.parent.mkdir(parents=True, exist_ok=True)
-        PAGE.write_text(page(), encoding="utf-8")
-        return 0
-    is_current = PAGE.is_file() and PAGE.read_text(encoding="utf-8") == page()
-    print("current" if is_current else f"{PAGE} is not current: run python scripts/list_auto_templates.py")
-    return 0 if is_current else 1
+    return write_or_check(words, PAGE, page(), command="python scripts/list_auto_templates.py")
 
 
 if __name__ == "__main__":

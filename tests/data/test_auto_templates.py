@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from llamafactory.data.types import Segment
 
 
 @pytest.fixture(scope="module")
-def script(repo_dir: Path) -> Any:
+def script(repo_dir: Path) -> Iterator[Any]:
+    sys.path.insert(0, str(repo_dir / "scripts"))
     spec = importlib.util.spec_from_file_location("list_auto_templates", repo_dir / "scripts/list_auto_templates.py")
     assert spec is not None
     assert spec.loader is not None
@@ -23,7 +25,8 @@ def script(repo_dir: Path) -> Any:
     spec.loader.exec_module(module)
     if not module.published_files():
         pytest.skip("needs the chat templates in package trl")
-    return module
+    yield module
+    sys.path.remove(str(repo_dir / "scripts"))
 
 
 @pytest.mark.long

@@ -33,7 +33,8 @@ KEYS = (
 
 
 # Texts that are known to differ, by (template, case), each with its reason.
-DIFFERENCES: dict[tuple[str, str], str] = {}
+_GLM = "the published template of GLM-4.5 closes every call, and puts results between <tool_response> tags"
+DIFFERENCES = {(name, "tool"): _GLM for name in ("aeva", "glm4_5v", "glm4_7", "glm4_moe")}
 _KEY_ORDER = ("name", "type", "description", "parameters", "enum", "properties", "city", "unit", "required")
 
 

@@ -8,7 +8,8 @@ import pytest
 
 
 @pytest.fixture
-def script(repo_dir: Path) -> Any:
+def script(repo_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(repo_dir / "scripts")
     spec = importlib.util.spec_from_file_location("list_templates", repo_dir / "scripts" / "list_templates.py")
     assert spec is not None
     assert spec.loader is not None

@@ -174,7 +174,7 @@ def _glm4_moe(tool_format: ToolFormat) -> JinjaTools:
     fields = _fields("\n<arg_key>", "</arg_key>\n<arg_value>", "</arg_value>")
     return JinjaTools(
         describe=quoted(head) + _listing(_WRAPPED_JSON, "\n") + quoted(tail),
-        calls=_calls(quoted("<tool_call>") + "{{- call.name -}}" + fields, "\n</tool_call>\n"),
+        calls=_calls(quoted("<tool_call>") + "{{- call.name -}}" + fields + quoted("\n</tool_call>"), "\n"),
     )
 
 

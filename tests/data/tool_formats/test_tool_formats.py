@@ -132,6 +132,8 @@ def test_the_known_rows_are_written_as_known(golden: Any, name: str, template: s
     today = date.today().strftime("%d %b %Y")
     tool_format = find_tool_format(name)
     assert text_of(tool_format.describe_tools([WEATHER])) in prompt.replace("{{TODAY}}", today)
+    if name == "glm4_moe":  # the known rows leave the last call open, the published template does not
+        answer += "\n</tool_call>"
     assert text_of(tool_format.render_calls([CALL])) in answer
     assert text_of(tool_format.join_results(['{"temp": 21}'])) in observation
     for stop in ("<|im_end|>\n", "<EOS>", "<|eot_id|>", "<|eot|>", "<|role_end|>", "<end_of_sentence>\n", "[e~[\n"):
@@ -209,7 +211,7 @@ def test_calls_come_as_soon_as_they_are_whole(name: str) -> None:
     fed = [reader.feed(letter) for letter in text]
     assert "".join(piece.text for piece in fed) == "Wait.\n"
     early = [call.name for piece in fed for call in piece.calls]
-    assert early == ["first"] if name == "glm4_moe" else ["first", "second"]
+    assert early == ["first", "second"]
     assert [*early, *(call.name for call in reader.close().calls)] == ["first", "second"]
 
 

@@ -1,8 +1,8 @@
 """GLM-4.5 and later: a name and one pair of tags for each argument in `<tool_call>`.
 
 Values have no quotes: the tool's schema tells the text `12` from the number 12. Cannot carry values that hold
-`</arg_value>`, argument names that hold `<`, tool names with white space, or arguments that are no object. The last
-call stays open: the token that ends the answer closes it.
+`</arg_value>`, argument names that hold `<`, tool names with white space, or arguments that are no object. Calls and
+results are written as in the published template of GLM-4.5; a last call that is left open is read, too.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 
 from llamafactory.data.tool_formats.parts.json_calls import list_tools
 from llamafactory.data.tool_formats.parts.results import join_with
-from llamafactory.data.tool_formats.parts.syntax import Block, Syntax, Tools, fixed
-from llamafactory.data.tool_formats.parts.xml_calls import field_pieces, read_fields
+from llamafactory.data.tool_formats.parts.syntax import Syntax, Tools, fixed
+from llamafactory.data.tool_formats.parts.xml_calls import tagged_calls, tagged_reader
 from llamafactory.data.types import Piece, ToolCall
 
 _CLOSE = "</tool_call>"
@@ -39,20 +39,19 @@ def describe_tools(tools: Sequence[Mapping[str, object]]) -> list[Piece]:
 
 
 def render_calls(calls: Sequence[ToolCall]) -> list[Piece]:
-    """One block a call, the last one open."""
-    pieces: list[Piece] = []
-    for number, call in enumerate(calls):
-        pieces += [
-            Piece("\n</tool_call>\n<tool_call>" if number else "<tool_call>"),
-            Piece(call.name, is_literal=True),
-            *field_pieces(call, "\n<arg_key>", "</arg_key>\n<arg_value>", "</arg_value>"),
-        ]
-    return pieces
+    """One block a call."""
+    return tagged_calls(
+        calls,
+        opening="<tool_call>",
+        behind_name="",
+        field=("\n<arg_key>", "</arg_key>\n<arg_value>", "</arg_value>"),
+        closing="\n</tool_call>",
+    )
 
 
 def join_results(results: Sequence[str]) -> list[Piece]:
-    """Each result as an observation of its own."""
-    return join_with("<|observation|>\n", results)
+    """Each result in tags of its own."""
+    return join_with("\n</tool_response>\n<tool_response>\n", results)
 
 
 def parse_calls(text: str, tools: Tools = ()) -> tuple[str, tuple[ToolCall, ...]]:
@@ -60,14 +59,6 @@ def parse_calls(text: str, tools: Tools = ()) -> tuple[str, tuple[ToolCall, ...]
     return SYNTAX.parse(text, tools)
 
 
-def _read(text: str, position: int, tools: Tools) -> Block | None:
-    match = _NAME.match(text, position)
-    if match is None:
-        return None
-    call, end = read_fields(text, match.end(), _FIELD, match.group(1), tools)
-    behind = _BEHIND.match(text, end)
-    return Block((call,), behind.end()) if call and behind else None
-
-
+_READ = tagged_reader(name=_NAME, field=_FIELD, behind=_BEHIND)
 _START, _PARTIAL = fixed("<tool_call>")
-SYNTAX = Syntax(start=_START, partial=_PARTIAL, end=_CLOSE, read=_read)
+SYNTAX = Syntax(start=_START, partial=_PARTIAL, end=_CLOSE, read=_READ)

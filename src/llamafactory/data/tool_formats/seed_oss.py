@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 
 from llamafactory.data.tool_formats.parts.json_calls import write_json
 from llamafactory.data.tool_formats.parts.results import join_with
-from llamafactory.data.tool_formats.parts.syntax import Block, Syntax, Tools, fixed
-from llamafactory.data.tool_formats.parts.xml_calls import field_pieces, read_fields
+from llamafactory.data.tool_formats.parts.syntax import Syntax, Tools, fixed
+from llamafactory.data.tool_formats.parts.xml_calls import tagged_calls, tagged_reader
 from llamafactory.data.types import Piece, ToolCall
 
 _NAME = re.compile(r"<seed:tool_call>\s*<function=([^>\n]+)>?")
@@ -41,16 +41,13 @@ def describe_tools(tools: Sequence[Mapping[str, object]]) -> list[Piece]:
 
 def render_calls(calls: Sequence[ToolCall]) -> list[Piece]:
     """One block a call."""
-    pieces: list[Piece] = []
-    for number, call in enumerate(calls):
-        pieces += [
-            Piece("\n<seed:tool_call>\n<function=" if number else "<seed:tool_call>\n<function="),
-            Piece(call.name, is_literal=True),
-            Piece("\n"),
-            *field_pieces(call, "<parameter=", ">", "</parameter>\n"),
-            Piece("</function>\n</seed:tool_call>"),
-        ]
-    return pieces
+    return tagged_calls(
+        calls,
+        opening="<seed:tool_call>\n<function=",
+        behind_name="\n",
+        field=("<parameter=", ">", "</parameter>\n"),
+        closing="</function>\n</seed:tool_call>",
+    )
 
 
 def join_results(results: Sequence[str]) -> list[Piece]:
@@ -63,14 +60,6 @@ def parse_calls(text: str, tools: Tools = ()) -> tuple[str, tuple[ToolCall, ...]
     return SYNTAX.parse(text, tools)
 
 
-def _read(text: str, position: int, tools: Tools) -> Block | None:
-    match = _NAME.match(text, position)
-    if match is None:
-        return None
-    call, end = read_fields(text, match.end(), _FIELD, match.group(1), tools)
-    behind = _BEHIND.match(text, end)
-    return Block((call,), behind.end()) if call and behind else None
-
-
+_READ = tagged_reader(name=_NAME, field=_FIELD, behind=_BEHIND)
 _START, _PARTIAL = fixed("<seed:tool_call>")
-SYNTAX = Syntax(start=_START, partial=_PARTIAL, end="</function>", read=_read)
+SYNTAX = Syntax(start=_START, partial=_PARTIAL, end="</function>", read=_READ)
