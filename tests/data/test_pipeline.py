@@ -185,3 +185,21 @@ def test_nothing_to_train_on(tokenizer: Any) -> None:
 def test_val_size_beside_eval_dataset_is_refused(data_config: Make, tokenizer: Any) -> None:
     with pytest.raises(DataError, match="both given"):
         prepare(data_config(rows(3), val_size=1, eval_dataset=("rows",)), tokenizer)
+
+
+def test_a_mix_counts_the_training_rows_of_each_data_set(data_config: Make, tokenizer: Any, tmp_path: Path) -> None:
+    config = data_config(rows(30), val_size=10)
+    (tmp_path / "more.json").write_text(json.dumps(rows(20)))
+    config = config.model_copy(
+        update={
+            "dataset": ("rows", str(tmp_path / "more.json")),
+            "mix_strategy": "interleave_over",
+            "interleave_probs": (0.25, 0.75),
+        }
+    )
+    prepared = prepare_data(config, build_template("chatml", tokenizer), tokenizer, seed=3)
+    assert prepared.mix is not None
+    assert sum(prepared.mix.sizes) == len(prepared.train) == 40
+    assert prepared.mix.sizes[0] < 30
+    assert [one["name"] for one in prepared.report.to_dict()["mix"]] == ["rows", "more"]
+    assert any(line.startswith("mix: rows: ") and "(asked: 25.0%)" in line for line in prepared.report.lines())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llamafactory.data.mix import Mix, mix_rows
 from llamafactory.train.windows import Schedule, packed_items, single_items
 
 
@@ -85,3 +86,16 @@ def test_packed_items_hold_each_example_once_and_fit(lengths):
     items = packed_items(lengths, capacity=30)
     assert sorted(index for item in items for index in item) == list(range(len(lengths)))
     assert all(sum(lengths[index] for index in item) <= 30 for item in items)
+
+
+@given(sizes=st.lists(st.integers(1, 9), min_size=2, max_size=3), step=st.integers(0, 30), over=st.booleans())
+def test_a_mixed_order_is_a_function_of_seed_and_step(sizes, step, over):
+    strategy = "interleave_over" if over else "interleave_under"
+    mix = Mix(names=("a", "b", "c")[: len(sizes)], sizes=tuple(sizes), strategy=strategy, probs=None, seed=3)
+    plan = schedule([1] * sum(sizes), mix=mix)
+    assert plan.items_per_epoch == len(sizes) * (max(sizes) if over else min(sizes))
+    epoch = step // plan.windows_per_epoch
+    windows = [plan.window(epoch * plan.windows_per_epoch + place) for place in range(plan.windows_per_epoch)]
+    seen = sorted(item[0] for window in windows for rank in window for group in rank for item in group)
+    assert seen == sorted(mix_rows(mix, epoch).tolist())
+    assert plan.window(step) == schedule([1] * sum(sizes), mix=mix).window(step)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -97,11 +97,12 @@ class DatasetReport:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataReport:
-    """Counts of all data sets of a run, and how many examples went where."""
+    """Counts of all data sets of a run, how many examples went where, and how they are mixed (see `Mix.realised`)."""
 
     datasets: tuple[DatasetReport, ...]
     num_train: int
     num_evaluation: dict[str, int]
+    mix: tuple[dict[str, Any], ...] = ()
 
     @property
     def fingerprint(self) -> str:
@@ -118,7 +119,17 @@ class DataReport:
 
     def lines(self) -> list[str]:
         """Lines for people."""
-        return [report.line() for report in self.datasets]
+        return [report.line() for report in self.datasets] + mix_lines(self.mix)
+
+
+def mix_lines(mix: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What `Mix.realised` found, one line a data set."""
+    lines: list[str] = []
+    for one in mix:
+        asked = "" if one["asked"] is None else f" (asked: {one['asked']:.1%})"
+        times = f"{one['drawn'] / one['rows']:.2f} times" if one["rows"] else "no rows, not"
+        lines.append(f"mix: {one['name']}: {one['share']:.1%}{asked}, {one['drawn']:,} draws, {times} its rows")
+    return lines
 
 
 def write_lost_rows(rows: Sequence[LostRow], output_dir: Path) -> Path | None:

@@ -27,3 +27,9 @@ def sample_order(num_rows: int, wanted: int, seed: int) -> NDArray[np.int64]:
     generator = _generator(seed, 0, stream=2)
     first = generator.permutation(num_rows)[:wanted]
     return np.concatenate([first, generator.integers(num_rows, size=wanted - len(first))])
+
+
+def row_order(num_rows: int, seed: int, epoch: int, *, dataset: int, lap: int) -> NDArray[np.int64]:
+    """The order in which a mixed epoch takes the rows of one data set, going through them for the `lap`th time."""
+    key = np.random.SeedSequence([seed & (2**64 - 1), epoch, dataset, lap]).generate_state(2, np.uint64)
+    return np.random.Generator(np.random.Philox(key=key)).permutation(num_rows)

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llamafactory.data.blocks import cut_blocks
 from llamafactory.data.cache_key import key_parts, method_parts
 from llamafactory.data.data_report import DataReport
 from llamafactory.data.encoded_rows import RowEncoder, open_reader
 from llamafactory.data.lost_rows import keep_lost_rows, refuse_useless
+from llamafactory.data.mix import Mix, mix_rows
 from llamafactory.data.order import split_order
 from llamafactory.data.registry import find_specs
 from llamafactory.data.table import Examples, ExampleTable, join_tables
@@ -29,12 +31,14 @@ from llamafactory.hparams.data import DataConfig
 class PreparedData:
     """What a run trains and evaluates on.
 
-    `evaluation` has the key `eval`, or the names of the data sets with `eval_on_each_dataset`.
+    `evaluation` has the key `eval`, or the names of the data sets with `eval_on_each_dataset`. `mix` says how the rows
+    of several data sets make up an epoch; None: each row comes once.
     """
 
     train: Examples
     evaluation: Mapping[str, Examples]
     report: DataReport
+    mix: Mix | None = None
 
 
 def prepare_data(
@@ -86,6 +90,10 @@ def prepare_data(
     training, held_out = split_groups(join_tables([one.table for one in sets["train"]]), data.val_size, seed)
     if for_training and not training.num_groups:
         raise DataError("nothing to train on", where="dataset", found="no data set is named", fix="set dataset")
+    mix = _mix_of(data, sets["train"], training, seed)
+    mix_report = mix.realised() if mix else []
+    if mix is not None and is_cut_into_blocks(data, view):
+        training, mix = training.select(mix_rows(mix, 0)), None
     train = _as_read(training, data, view)
     tables = _evaluation_tables(data, sets["eval"], held_out)
     evaluation = {name: _as_read(table, data, view) for name, table in tables.items()}
@@ -93,13 +101,36 @@ def prepare_data(
         datasets=tuple(one.report for one in everything),
         num_train=len(train),
         num_evaluation={name: len(examples) for name, examples in evaluation.items()},
+        mix=tuple(mix_report),
     )
-    return PreparedData(train=train, evaluation=evaluation, report=report)
+    return PreparedData(train=train, evaluation=evaluation, report=report, mix=mix)
+
+
+def _mix_of(data: DataConfig, sets: Sequence[Tokenised], training: ExampleTable, seed: int) -> Mix | None:
+    """How the training rows are mixed, where the config asks for more than one after the other."""
+    if data.mix_strategy == "concat" or len(sets) < 2:
+        return None
+    sizes = [one.table.num_groups for one in sets]
+    if training.num_groups != sum(sizes):  # rows were held out
+        kept = np.setdiff1d(np.arange(sum(sizes)), held_out_rows(sum(sizes), data.val_size, seed))
+        sizes = np.diff(np.searchsorted(kept, np.cumsum([0, *sizes]))).tolist()
+    return Mix(
+        names=tuple(one.report.name for one in sets),
+        sizes=tuple(sizes),
+        strategy=data.mix_strategy,
+        probs=data.interleave_probs or None,
+        seed=seed,
+    )
+
+
+def is_cut_into_blocks(data: DataConfig, view: ViewName) -> bool:
+    """Whether documents are joined and cut, and not trained one by one."""
+    return view == "text" and data.packing is not False
 
 
 def _as_read(table: ExampleTable, data: DataConfig, view: ViewName) -> Examples:
     """The table as the stage reads it: documents are cut into blocks unless packing is off."""
-    if view != "text" or data.packing is False:
+    if not is_cut_into_blocks(data, view):
         return table
     return cut_blocks(table, data.cutoff_len, is_isolated=data.neat_packing)
 
@@ -111,6 +142,11 @@ def _evaluation_tables(data: DataConfig, sets: Sequence[Tokenised], held_out: Ex
     return {"eval": table} if table.num_groups else {}
 
 
+def held_out_rows(count: int, val_size: float, seed: int) -> NDArray[np.int64]:
+    """The numbers of the rows that `val_size` keeps for evaluation, in no order."""
+    return split_order(count, seed)[: int(val_size) if val_size >= 1 else ceil(count * val_size)]
+
+
 def split_groups(table: ExampleTable, val_size: float, seed: int) -> tuple[ExampleTable, ExampleTable]:
     """Training and held-out groups, both in their order. `val_size` from 1 up is a number of rows, below a share.
 
@@ -118,7 +154,7 @@ def split_groups(table: ExampleTable, val_size: float, seed: int) -> tuple[Examp
         DataError: nothing would be left to train on.
     """
     count = table.num_groups
-    wanted = int(val_size) if val_size >= 1 else ceil(count * val_size)
+    wanted = len(held_out_rows(count, val_size, seed))
     if wanted == 0:
         return table, table.select([])
     if wanted >= count:
@@ -129,5 +165,5 @@ def split_groups(table: ExampleTable, val_size: float, seed: int) -> tuple[Examp
             expected=f"less than {count:,} rows, or a share below 1",
         )
     is_held_out = np.zeros(count, dtype=bool)
-    is_held_out[split_order(count, seed)[:wanted]] = True
+    is_held_out[held_out_rows(count, val_size, seed)] = True
     return table.select(np.flatnonzero(~is_held_out)), table.select(np.flatnonzero(is_held_out))

@@ -115,6 +115,33 @@ def check_val_size(config: RunConfig) -> Problem | None:
     return None
 
 
+def check_mix(config: RunConfig) -> Problem | None:
+    """`interleave_probs` has one share for each data set."""
+    probs, names = config.data.interleave_probs, config.data.dataset
+    if not probs or config.data.mix_strategy == "concat" or len(names) < 2:
+        return None
+    given = ", ".join(f"{prob:g}" for prob in probs)
+    if len(probs) != len(names):
+        return Problem(
+            key="interleave_probs",
+            given=given,
+            message=f"{len(probs)} shares for {len(names)} data sets",
+            allowed=f"one share for each of {', '.join(names)}",
+        )
+    if min(probs) < 0 or sum(probs) <= 0 or sum(probs) == float("inf"):
+        return Problem(key="interleave_probs", given=given, message="not shares", allowed="numbers from 0 up")
+    if min(probs) == 0 and config.data.mix_strategy != "interleave_under":
+        name = names[probs.index(0)]
+        return Problem(
+            key="interleave_probs",
+            given=given,
+            message=f"'{name}' would never run out with {config.data.mix_strategy}",
+            allowed="shares above 0",
+            fix=f"remove {name} from dataset, or use interleave_under",
+        )
+    return None
+
+
 def check_loss_mask(config: RunConfig) -> Iterator[Problem]:
     """Loss on prompts and loss on some answers only exclude each other, and there is one choice of answers."""
     data = config.data
@@ -254,6 +281,7 @@ CHECKS = (
     check_data_for_evaluation,
     check_best_evaluation,
     check_val_size,
+    check_mix,
     check_loss_mask,
     check_sft_only,
     check_packing,

@@ -29,7 +29,12 @@ class DataConfig(Section):
         0.0, "Held-out rows for evaluation: a share below 1, or a number of rows.", group=_SOURCE, ge=0
     )
     eval_on_each_dataset: bool = option(False, "Report metrics for each evaluation data set.", group=_SOURCE)
-    mix_strategy: Literal["concat"] = option("concat", "How several data sets are combined.", group=_SOURCE)
+    mix_strategy: Literal["concat", "interleave_under", "interleave_over", "interleave_once"] = option(
+        "concat", "How data sets make an epoch: one after another, or until the first or all run out.", group=_SOURCE
+    )
+    interleave_probs: tuple[float, ...] = option(
+        (), "Share of each data set when interleaving; empty takes turns.", group=_SOURCE
+    )
     data_variables: dict[str, str] = option(
         {}, "Values for {{key}} placeholders in rows, for example name and author.", group=_SOURCE
     )

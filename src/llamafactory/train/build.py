@@ -8,11 +8,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from llamafactory.data.mix import Mix, mix_rows
 from llamafactory.data.saved_template import chat_template_to_save
 from llamafactory.data.template_choice import end_token, template_of
 from llamafactory.data.views import find_view
@@ -73,6 +75,7 @@ def planner(
     *,
     num_devices: int | None = None,
     rate: float | None = None,
+    mix: Mix | None = None,
 ) -> Callable[[RunConfig], ModelPlan]:
     """A function that plans a configuration for this model, machine and these rows.
 
@@ -82,6 +85,7 @@ def planner(
         examples: the training rows; None assumes rows of `cutoff_len` tokens.
         num_devices: devices that train together; None asks the launcher's environment.
         rate: FLOP/s of one device, or None to leave times out.
+        mix: how several data sets make up an epoch.
     """
     devices = num_devices or int(os.environ.get("WORLD_SIZE", "1"))
     if hardware.device == "cpu":
@@ -95,7 +99,7 @@ def planner(
             raise ValueError("no rows")
         rows = sizes.cut(cfg.data.cutoff_len)
         is_whole = find_view(load_stage(cfg.train.stage).view).is_whole
-        schedule = build_schedule_of_rows(cfg, rows, is_whole=is_whole, num_ranks=devices, training=True)
+        schedule = build_schedule_of_rows(cfg, rows, is_whole=is_whole, num_ranks=devices, training=True, mix=mix)
         return workload_of_rows(rows, replace(schedule, is_padded=is_padded), cfg.train)
 
     return partial(
@@ -228,7 +232,7 @@ def assemble_job(
     module: Any = StageModule(stage, models, cfg.stage_options)
     pad_id = cast("int", tokenizer.pad_token_id)
     feed = partial(build_feed, cfg, plan, view=stage.view, pad_id=pad_id, num_ranks=accelerator.num_processes)
-    training = feed(data.train, training=True)
+    training = feed(data.train, training=True, mix=data.mix)
     total_steps = training.schedule.total_windows(max_steps=train.max_steps, num_epochs=train.num_train_epochs)
     start, updates = fresh_state(claim.run_id), None
     files = ModelFiles(policy, tokenizer, chat_template=chat_template_to_save(cfg.data, tokenizer))
@@ -293,6 +297,7 @@ def build_feed(
     pad_id: int,
     num_ranks: int,
     training: bool,
+    mix: Mix | None = None,
 ) -> Feed:
     """Batches over examples, for training or for evaluation.
 
@@ -301,7 +306,7 @@ def build_feed(
     """
     sizes = RowSizes.of(examples)
     is_whole = find_view(view).is_whole
-    schedule = build_schedule_of_rows(cfg, sizes, is_whole=is_whole, num_ranks=num_ranks, training=training)
+    schedule = build_schedule_of_rows(cfg, sizes, is_whole=is_whole, num_ranks=num_ranks, training=training, mix=mix)
     if training and schedule.items and not is_whole and (cfg.data.packing or cfg.data.neat_packing):
         filled = sum(schedule.lengths) / (len(schedule.items) * cfg.data.cutoff_len)
         log.info(
@@ -318,12 +323,20 @@ def build_feed(
 
 
 def build_schedule_of_rows(
-    cfg: RunConfig, rows: RowSizes, *, is_whole: bool, num_ranks: int, training: bool
+    cfg: RunConfig, rows: RowSizes, *, is_whole: bool, num_ranks: int, training: bool, mix: Mix | None = None
 ) -> Schedule:
-    """Which rows make up which step; the plan then says how many of them share a forward pass."""
+    """Which rows make up which step; the plan then says how many of them share a forward pass.
+
+    A mix counts rows. Packed bins hold the rows of one draw, so with packing every epoch has the same rows.
+    """
     train, sizes = cfg.train, rows.tokens
     items = group_items(rows.offsets) if is_whole else single_items(len(sizes))
+    if mix is not None and not is_whole:
+        ends = [rows.offsets[end] for end in accumulate(mix.sizes)]
+        mix = replace(mix, sizes=tuple(end - start for start, end in pairwise([0, *ends])))
     if training and items and not is_whole and (cfg.data.packing or cfg.data.neat_packing):
+        if mix is not None:
+            items, mix = [items[index] for index in mix_rows(mix, 0, shuffle=not train.disable_shuffling)], None
         bins = packed_items([sum(sizes[index] for index in item) for item in items], cfg.data.cutoff_len)
         items = [tuple(index for place in places for index in items[place]) for places in bins]
     return Schedule(
@@ -335,6 +348,7 @@ def build_schedule_of_rows(
         micro_batch_tokens=None,
         seed=data_seed(cfg),
         shuffle=training and not train.disable_shuffling,
+        mix=mix,
     )
 
 

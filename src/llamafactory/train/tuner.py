@@ -75,7 +75,7 @@ def _run(cfg: RunConfig, claim: Claim, stop: StopRequest) -> RunResult:
     build.say_lines(data.report.lines())
     model_config = load_model_config(cfg.model)
     hardware = read_hardware(use_cpu=cfg.train.use_cpu)
-    plan_again = build.planner(model_config, hardware, data.train)
+    plan_again = build.planner(model_config, hardware, data.train, mix=data.mix)
     plan = build.keep_split(plan_again(cfg), claim.record)
     build.say_lines(plan.lines())
     if cfg.train.do_train:

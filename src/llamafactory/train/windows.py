@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamafactory.data.collate import padded_width
+from llamafactory.data.mix import Mix, mix_rows
 from llamafactory.data.order import epoch_order
 from llamafactory.data.pack import pack_best_fit
 
@@ -39,6 +40,8 @@ class Schedule:
         shuffle: False keeps the order of the data in every epoch.
         is_padded: micro-batches are padded to their longest row: a step's rows are grouped by length, and
             `micro_batch_tokens` counts padding.
+        mix: how often and in which order the items of several data sets come; its sizes count items. None: each item
+            once in an epoch.
     """
 
     items: Sequence[Item]
@@ -50,6 +53,7 @@ class Schedule:
     seed: int
     shuffle: bool = True
     is_padded: bool = False
+    mix: Mix | None = None
 
     @property
     def items_per_window(self) -> int:
@@ -59,7 +63,18 @@ class Schedule:
     @property
     def windows_per_epoch(self) -> int:
         """Optimizer steps of one pass over the items; the last may be smaller."""
-        return math.ceil(len(self.items) / self.items_per_window)
+        return math.ceil(self.items_per_epoch / self.items_per_window)
+
+    @property
+    def items_per_epoch(self) -> int:
+        """Items of one epoch, repeated ones counted again."""
+        return len(self.items) if self.mix is None else len(_order(self.mix, 0, self.seed, False))
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """The items of an epoch, in order."""
+        if self.mix is not None:
+            return _order(self.mix, epoch, self.seed, self.shuffle)
+        return _shuffled(len(self.items), self.seed, epoch) if self.shuffle else np.arange(len(self.items))
 
     def total_windows(self, *, max_steps: int, num_epochs: float) -> int:
         """Optimizer steps of the whole run: `max_steps` if positive, else as many as the epochs hold."""
@@ -73,9 +88,7 @@ class Schedule:
             that has fewer items gets empty ones.
         """
         epoch, place = divmod(step, self.windows_per_epoch)
-        count = len(self.items)
-        order = _shuffled(count, self.seed, epoch) if self.shuffle else np.arange(count)
-        chosen = order[place * self.items_per_window : (place + 1) * self.items_per_window]
+        chosen = self.order(epoch)[place * self.items_per_window : (place + 1) * self.items_per_window]
         ranks = [self.micro_batches(share.tolist()) for share in np.array_split(chosen, self.num_ranks)]
         most = max(len(micro_batches) for micro_batches in ranks)
         return [micro_batches + [[]] * (most - len(micro_batches)) for micro_batches in ranks]
@@ -120,6 +133,16 @@ def _shuffled(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
     order = epoch_order(count, seed, epoch)
     order.setflags(write=False)
     return order
+
+
+@lru_cache(maxsize=4)
+def _order(mix: Mix, epoch: int, seed: int, shuffle: bool) -> NDArray[np.int64]:
+    """A mixed epoch, kept for its next step."""
+    rows = mix_rows(mix, epoch, shuffle=shuffle)
+    if shuffle:
+        rows = rows[epoch_order(len(rows), seed, epoch)]
+    rows.setflags(write=False)
+    return rows
 
 
 def single_items(num_examples: int) -> list[Item]:
