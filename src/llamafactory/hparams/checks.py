@@ -176,6 +176,15 @@ def check_label_smoothing(config: RunConfig) -> Problem | None:
     return Problem(key="dpo_label_smoothing", message="only for pref_loss sigmoid", fix="pref_loss: sigmoid, or 0")
 
 
+def check_sft_losses(config: RunConfig) -> Problem | None:
+    """At most one variant of the supervised loss; asft holds dft already."""
+    names = ("use_dft_loss", "use_asft_loss", "use_eaft_loss")
+    wanted = [name for name in names if getattr(config.stage_options, name, False)]
+    if len(wanted) < 2:
+        return None
+    return Problem(key=wanted[-1], message=f"cannot be combined with {wanted[0]}", fix="keep one of them")
+
+
 def check_precision(config: RunConfig) -> Iterator[Problem]:
     """At most one precision."""
     train = config.train
@@ -286,6 +295,7 @@ CHECKS = (
     check_sft_only,
     check_packing,
     check_label_smoothing,
+    check_sft_losses,
     check_precision,
     check_steps,
     check_schedule,

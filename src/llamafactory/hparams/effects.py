@@ -53,7 +53,13 @@ def _has_no_reference(config: RunConfig) -> bool:
 
 
 def _drops_nothing(config: RunConfig) -> bool:
-    return hasattr(config.stage_options, "ref_model") and not _has_no_reference(config)
+    wanted = getattr(config.stage_options, "use_asft_loss", True)
+    return hasattr(config.stage_options, "ref_model") and wanted and not _has_no_reference(config)
+
+
+def _lacks(switch: str) -> Callable[[RunConfig], bool]:
+    """Whether the stage has this switch, and it is off."""
+    return lambda config: getattr(config.stage_options, switch, None) is False
 
 
 _TRAIN_KEYS = (
@@ -109,6 +115,8 @@ _RULES: tuple[_Rule, ...] = (
     (lambda c: getattr(c.stage_options, "pref_loss", "") != "simpo", ("simpo_gamma",), "pref_loss is not simpo"),
     (_has_no_reference, ("pref_bco_weight", "ref_model", "ref_model_adapters"), "pref_loss needs no reference"),
     (lambda c: not getattr(c.stage_options, "ref_model", None), ("ref_model_adapters",), "ref_model is not set"),
+    (_lacks("use_asft_loss"), ("asft_alpha", "ref_model", "ref_model_adapters"), "use_asft_loss is off"),
+    (_lacks("use_eaft_loss"), ("eaft_alpha",), "use_eaft_loss is off"),
     (_drops_nothing, ("lora_dropout",), "a policy that is compared with a reference runs without dropout"),
     (lambda c: c.train.stage in {"rm", "dpo", "kto"}, ("packing",), "answers to a prompt are never packed"),
     (lambda c: c.generation.max_new_tokens > 0, ("max_length",), "max_new_tokens is set"),

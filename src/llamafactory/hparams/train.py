@@ -58,6 +58,9 @@ class TrainConfig(Section):
     adam_epsilon: float = option(1e-8, "Adam's epsilon.", group=_OPTIM, gt=0)
     max_grad_norm: float = option(1.0, "Gradients are clipped to this norm; 0 turns clipping off.", group=_OPTIM, ge=0)
 
+    neftune_noise_alpha: float | None = option(
+        None, "Noise on the embeddings while training (NEFTune, arXiv 2310.05914); 5 is usual.", group=_OPTIM, gt=0
+    )
     lr_scheduler_type: LrScheduler = option("linear", "Shape of the learning rate over the run.", group=_SCHEDULE)
     lr_scheduler_kwargs: dict[str, Any] | None = option(
         None, "More arguments of the schedule, for example {num_cycles: 2}.", group=_SCHEDULE

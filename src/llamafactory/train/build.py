@@ -30,10 +30,11 @@ from llamafactory.model.plan import plan_training
 from llamafactory.train.checkpoint.room import may_save_async
 from llamafactory.train.checkpoint.snapshot import restore_training
 from llamafactory.train.checkpoint.state import fresh_state, load_state
-from llamafactory.train.companions import load_reference, with_stage_parts
+from llamafactory.train.companions import language_model, load_reference, with_stage_parts
 from llamafactory.train.feed import Feed
 from llamafactory.train.job import Job, Updates
 from llamafactory.train.model_files import ModelFiles
+from llamafactory.train.noise import EmbeddingNoise
 from llamafactory.train.optim import build_optimizer
 from llamafactory.train.rows import ROWS
 from llamafactory.train.schedule import build_schedule
@@ -229,7 +230,9 @@ def assemble_job(
     stage = load_stage(train.stage)
     reference = load_reference(cfg, plan, policy, device=accelerator.device)
     models = Models(policy=policy, plan=plan, reference=reference)
-    module: Any = StageModule(stage, models, cfg.stage_options)
+    alpha = train.neftune_noise_alpha if train.do_train else None
+    noise = None if alpha is None else EmbeddingNoise(language_model(policy), alpha)
+    module: Any = StageModule(stage, models, cfg.stage_options, noise=noise)
     pad_id = cast("int", tokenizer.pad_token_id)
     feed = partial(build_feed, cfg, plan, view=stage.view, pad_id=pad_id, num_ranks=accelerator.num_processes)
     training = feed(data.train, training=True, mix=data.mix)

@@ -13,7 +13,7 @@ from llamafactory.model.loader import adapter_folders, load_model, load_tokenize
 from llamafactory.model.method import load_method
 from llamafactory.model.patches.peft_future_warning import without_future_warning
 from llamafactory.model.reference import ADAPTER, Reference, freeze
-from llamafactory.model.valuehead import add_value_head
+from llamafactory.model.valuehead import ModelWithValueHead, add_value_head
 from llamafactory.train.stage import load_stage
 
 if TYPE_CHECKING:
@@ -40,6 +40,11 @@ def with_stage_parts(cfg: RunConfig, policy: nn.Module, *, resume_from: Path | N
     folders = adapter_folders(cfg.model)
     source = resume_from or (folders[-1] if folders else Path(cfg.model.model_name_or_path or ""))
     return add_value_head(policy, source=source, trainable=cfg.train.do_train)
+
+
+def language_model(policy: nn.Module) -> nn.Module:
+    """The policy without its value head."""
+    return policy.pretrained_model if isinstance(policy, ModelWithValueHead) else policy
 
 
 def load_reference(cfg: RunConfig, plan: ModelPlan, policy: Any, *, device: Any) -> Reference | None:

@@ -37,7 +37,7 @@ def supervised_nll(model: nn.Module, batch: Batch, plan: ModelPlan) -> Tensor:
     base = unwrap_peft(model)
     head = _chunkable_head(base, plan)
     if head is None:
-        return _weighted_sum(_target_logits(base, batch, plan), batch)
+        return _weighted_sum(target_logits(base, batch, plan), batch)
     rows = _scaled(target_states(base, batch, plan), head.factor(base.config))
     weight = _head_module(base).weight
     return ChunkedCrossEntropy.apply(
@@ -59,7 +59,7 @@ def token_logprobs(model: nn.Module, batch: Batch, plan: ModelPlan) -> Tensor:
     base = unwrap_peft(model)
     head = _chunkable_head(base, plan)
     if head is None:
-        logits = _target_logits(base, batch, plan).float()
+        logits = target_logits(base, batch, plan).float()
         return -F.cross_entropy(logits, batch.target_ids, reduction="none")
     rows = _scaled(target_states(base, batch, plan), head.factor(base.config))
     weight = _head_module(base).weight
@@ -99,7 +99,7 @@ def _head_module(base: PreTrainedModel) -> Any:
     return base.get_output_embeddings()
 
 
-def _target_logits(base: PreTrainedModel, batch: Batch, plan: ModelPlan) -> Tensor:
+def target_logits(base: PreTrainedModel, batch: Batch, plan: ModelPlan) -> Tensor:
     """Logits `[targets, vocab]` from the model's own forward, or from its head where nothing follows the head."""
     head = family_of(base.config.model_type).head
     if plan.fused_head and head is not None and head == Head():

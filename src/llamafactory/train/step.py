@@ -22,20 +22,24 @@ if TYPE_CHECKING:
     from llamafactory.data.batch import Batch
     from llamafactory.hparams.section import Section
     from llamafactory.train.feed import Window
+    from llamafactory.train.noise import EmbeddingNoise
     from llamafactory.train.stage import LossOutput, Models, Stage
 
 
 class StageModule(nn.Module):
     """A stage's loss as a module, so that DDP and FSDP see one forward for everything a step computes."""
 
-    def __init__(self, stage: Stage, models: Models, options: Section) -> None:
+    def __init__(self, stage: Stage, models: Models, options: Section, *, noise: EmbeddingNoise | None = None) -> None:
         """Holds the policy as a sub-module; the other models are only referred to."""
         super().__init__()
         self.policy = models.policy
         self._stage, self._models, self._options = stage, models, options
+        self._noise = noise
 
     def forward(self, batch: Batch) -> LossOutput:
         """Computes the stage's loss on one batch."""
+        if self._noise is not None:
+            self._noise.expect(batch)
         return self._stage.loss(replace(self._models, policy=self.policy), batch, self._options)
 
     @property

@@ -65,4 +65,4 @@ def make_model(tiny_config: Callable[..., Any]) -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def plan() -> Any:
     """What losses read of a plan."""
-    return SimpleNamespace(fused_head=True, loss_chunk_rows=7)
+    return SimpleNamespace(fused_head=True, loss_chunk_rows=7, fused_blocks=False)
