@@ -24,6 +24,11 @@ settings.register_profile("project", settings(), deadline=None)
 settings.load_profile("project")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of single tests."""
+    parser.addoption("--kills", type=int, default=100, help="kills of the long fault test, over all its cells")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _no_network() -> Iterator[None]:
     """Any connection that would leave this machine is an error."""

@@ -1,0 +1,22 @@
+"""What is killed: configurations of a short run on the tiny model. A stage or a method more is one entry more."""
+
+from __future__ import annotations
+
+COMMON = {
+    "dataset": "rows", "template": "chatml", "do_train": "true", "per_device_train_batch_size": "2",
+    "learning_rate": "1e-2", "num_train_epochs": "3", "logging_steps": "1", "save_steps": "2", "cutoff_len": "64",
+    "use_cpu": "true", "save_total_limit": "3",
+}  # fmt: skip
+CELLS: dict[str, dict[str, str]] = {
+    "sft lora": {},
+    "sft lora dropout, accumulation": {"lora_dropout": "0.3", "gradient_accumulation_steps": "2", "save_steps": "1"},
+    "sft lora packed": {"packing": "true"},
+    "sft full": {"finetuning_type": "full"},
+    "sft full packed, bf16": {"finetuning_type": "full", "packing": "true", "bf16": "true"},
+    "sft lora evaluated, best kept": {
+        "val_size": "4", "eval_strategy": "steps", "eval_steps": "2", "load_best_model_at_end": "true",
+        "save_total_limit": "1",
+    },
+    "sft lora saved in the main thread": {"async_save": "false", "save_steps": "1"},
+    "sft lora padded, cosine": {"flash_attn": "disabled", "lr_scheduler_type": "cosine", "warmup_ratio": "0.2"},
+}  # fmt: skip
