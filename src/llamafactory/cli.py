@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "export": ("llamafactory.commands.export", "main", "merge an adapter into its model, and prove the result"),
     "check": ("llamafactory.commands.check", "main", "show what a configuration means, and everything wrong with it"),
     "data": ("llamafactory.commands.data", "main", "look at rows as they will be trained, check them, count them"),
+    "runs": ("llamafactory.commands.runs", "main", "list runs, show and verify their checkpoints, remove old ones"),
     "env": ("llamafactory.commands.env", "main", "show versions and hardware, for a bug report"),
 }
 """Name -> module, function, one line of help."""
@@ -30,7 +31,6 @@ LATER: dict[str, str] = {
     "webui": f"{PROGRAM} train CONFIG",
     "eval": "export the model, then evaluate its folder with lm-evaluation-harness",
     "plan": f"{PROGRAM} check CONFIG",
-    "runs": "the file run.json in each output folder",
 }
 """Commands that are known but not implemented in this version -> what to do instead."""
 

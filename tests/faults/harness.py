@@ -40,14 +40,21 @@ class Zygote:
         self._read()
 
     def start(
-        self, words: Sequence[str], log: Path, *, env: Mapping[str, str] | None = None, trace: Path | None = None
+        self,
+        words: Sequence[str],
+        log: Path,
+        *,
+        env: Mapping[str, str] | None = None,
+        trace: Path | None = None,
+        **world: Any,
     ) -> Run:
-        """Starts `llamafactory-cli WORDS`."""
+        """Starts `llamafactory-cli WORDS`; `world` is what `zygote.change_world` takes."""
         request = {
             "words": list(words),
             "env": dict(env or {}),
             "log": str(log),
             "trace": None if trace is None else str(trace),
+            "world": world,
         }
         size = log.stat().st_size if log.exists() else 0
         return Run(zygote=self, pid=self.ask({"start": request})["pid"], log=log, log_start=size)
@@ -204,14 +211,15 @@ class Place:
     folder: Path
     words: tuple[str, ...]
 
-    def begin(self, name: str, *more: str, env: Mapping[str, str] | None = None) -> Run:
-        """Starts a run whose output folder is `name`."""
+    def begin(self, name: str, *more: str, fault: str | None = None, **world: Any) -> Run:
+        """Starts a run whose output folder is `name`; `fault` is a failpoint."""
         output = self.folder / name
         return self.zygote.start(
             ["train", *self.words, f"output_dir={output}", *more],
             self.folder / f"{name}.log",
-            env=env,
+            env={"LLAMAFACTORY_FAILPOINT": fault} if fault else {},
             trace=self.folder / f"{name}.trace",
+            **world,
         )
 
     def finish(self, name: str, *more: str) -> Outcome:

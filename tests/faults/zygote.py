@@ -1,7 +1,7 @@
 """A process that has imported everything and forks once for each run: a real process to kill, without its start-up.
 
 Reads one JSON request a line from standard input, writes one JSON answer a line to standard output:
-`{"start": {"words": [...], "env": {...}, "log": PATH, "trace": PATH | null}}` -> `{"pid": N}`, and
+`{"start": {"words": [...], "env": {...}, "log": PATH, "trace": PATH | null, "world": {...}}}` -> `{"pid": N}`,
 `{"wait": PID, "seconds": S}` -> `{"code": N}`, negative for a signal, or `{"code": null}` while it still runs.
 `{"warm": WORDS}` runs once in this process, because libraries import much only when they are used.
 
@@ -11,9 +11,12 @@ which only the logged MFU depends on, is not measured. What a run does with its 
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import os
+import resource
+import socket
 import sys
 import threading
 import time
@@ -60,8 +63,8 @@ def warm(words: list[str]) -> int:
     return code
 
 
-def start(words: list[str], env: dict[str, str], log: str, trace: str | None) -> int:
-    """Forks a run of its own session; its output goes into the file `log`."""
+def start(words: list[str], env: dict[str, str], log: str, trace: str | None, world: dict[str, Any]) -> int:
+    """Forks a run of its own session; its output goes into the file `log`; `world` is what `change_world` takes."""
     pid = os.fork()
     if pid:
         return pid
@@ -75,11 +78,14 @@ def start(words: list[str], env: dict[str, str], log: str, trace: str | None) ->
         os.dup2(output, 2)
         if trace:
             trace_rows(trace)
+        change_world(**world)
         from llamafactory.cli import main as run
         from llamafactory.train import build
 
         build._peak_flops = lambda plan: 1e9
         code = run(words)
+        for more in world.get("then", []):
+            print(f"then {more[0]}: {run(more)}", flush=True)
     except BaseException:
         import traceback
 
@@ -88,6 +94,57 @@ def start(words: list[str], env: dict[str, str], log: str, trace: str | None) ->
     finally:
         sys.stderr.flush()
         os._exit(code)
+
+
+def change_world(
+    *,
+    fsize: int | None = None,
+    tmpfs: tuple[str, str] | None = None,
+    closed_stderr: bool = False,
+    audit: str | None = None,
+    then: list[list[str]] | None = None,
+) -> None:
+    """Makes this process live in a worse world.
+
+    Args:
+        fsize: largest file that it may write, in bytes.
+        tmpfs: a folder that becomes a disk of its own, and its size; only this process sees it.
+        closed_stderr: nobody reads what it says.
+        audit: file that gets a line for each use of a network socket.
+        then: commands that run afterwards in the same process.
+    """
+    if fsize:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (fsize, fsize))
+    if tmpfs:
+        mount_tmpfs(*tmpfs)
+    if closed_stderr:
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, 2)
+    if audit:
+        descriptor = os.open(audit, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        sys.addaudithook(lambda event, arguments: note_socket(descriptor, event, arguments))
+
+
+def note_socket(descriptor: int, event: str, arguments: tuple[Any, ...]) -> None:
+    """Writes down any use of a socket that is not of this machine's own kind (AF_UNIX)."""
+    is_network = event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto")
+    if is_network or (event == "socket.__new__" and arguments[1] != socket.AF_UNIX):
+        os.write(descriptor, f"{event} {arguments!r}\n".encode())
+
+
+def mount_tmpfs(folder: str, size: str) -> None:
+    """Raises: OSError where this system does not allow it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    new_namespace, recursive, private = 0x20000, 0x4000, 0x40000
+    for done in (
+        lambda: libc.unshare(new_namespace),
+        lambda: libc.mount(b"none", b"/", None, recursive | private, None),
+        lambda: libc.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", 0, f"size={size}".encode()),
+    ):
+        if done():
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), "tmpfs")
 
 
 def trace_rows(path: str) -> None:

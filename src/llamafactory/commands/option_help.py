@@ -17,6 +17,10 @@ _SECTIONS_OF = {
     "train": ("model", "data", "train", "stage: ", "finetuning_type: "),
 }
 _OWN_WORDS = {
+    "train": (
+        ("--rerun FILE", "run the run of this run.json again, into output_dir or <old folder>-rerun"),
+        ("--allow-change KEY", "continue a run although KEY has changed; data lets the rows differ"),
+    ),
     "check": (
         ("--command NAME", "the command that shall run the configuration: train (default), chat or export"),
         ("--json", "print one JSON object"),
@@ -31,6 +35,10 @@ def render_help(command: str, summary: str, words: Sequence[str] = ()) -> str:
         from llamafactory.commands import data_help
 
         return data_help.render_help(words)
+    if command == "runs":
+        from llamafactory.commands.runs import HELP
+
+        return f"llamafactory-cli runs: {summary}\n\n{HELP}"
     if command == "env":
         return f"llamafactory-cli env: {summary}\n\nIt takes no options."
     lines = [f"llamafactory-cli {command}: {summary}", ""]
@@ -40,7 +48,7 @@ def render_help(command: str, summary: str, words: Sequence[str] = ()) -> str:
         "Options can be written key=value, --key value, --key=value or --flag.",
     ]
     if command in _OWN_WORDS:
-        lines += ["", *(f"  {word:<16}{text}" for word, text in _OWN_WORDS[command])]
+        lines += ["", *(f"  {word:<20}{text}" for word, text in _OWN_WORDS[command])]
     wanted = _SECTIONS_OF.get(command, ("",))
     for name, section in all_sections().items():
         if name.startswith(wanted):

@@ -37,7 +37,7 @@ _HARMLESS = frozenset(
      "print_param_status", "include_num_input_tokens_seen", "include_effective_tokens_per_second", "hf_hub_token",
      "offline", "cache_dir", "preprocessing_num_workers", "do_eval", "async_save", "verify_after_save", "save_grace",
      "allow_change", "rerun_of", "on_nan", "load_best_model_at_end", "early_stopping_steps",
-     "ignore_plan", "tokenized_path", "overwrite_cache"}
+     "ignore_plan", "tokenized_path", "overwrite_cache", "output_dir"}
 )  # fmt: skip
 
 
