@@ -13,7 +13,7 @@ from tests.faults.harness import Outcome, Place
 from llamafactory.train.checkpoint.folders import list_checkpoints
 from llamafactory.train.checkpoint.manifest import find_fault
 
-NUM_FILES = 8
+NUM_FILES = 9
 """Files of a checkpoint of this model; a test compares it with a real one."""
 VISITS = NUM_FILES - 1 + 3
 """Visits of the failpoint `save.file` in one save: three while files are written, then one before each fsync."""
@@ -121,7 +121,7 @@ def test_where_no_checkpoint_is_intact_the_run_stops(place, stopped):
 
 
 def test_a_disk_that_is_full_for_a_while_costs_nothing_but_checkpoints(place, reference):
-    run = place.begin("full", fault="save.file:5:enospc,save.file:16:eio")
+    run = place.begin("full", fault="save.file:5:enospc,save.file:18:eio")
     assert run.wait() == 0
     assert run.text.count("could not be saved") == 2
     assert place.outcome("full") == reference
@@ -146,9 +146,10 @@ def test_a_real_disk_that_fills_up(place):
     if "Operation not permitted" in run.text:
         pytest.skip("this system lets no test mount a tmpfs")
     assert code == 74, run.text[-3000:]
-    assert "checkpoint-2 is whole" in run.text
+    assert "could not be saved" in run.text
     assert "No space left on device" in run.text or "MB are free" in run.text
-    assert "then runs: 0" in run.text
+    assert "checkpoint-2: intact" in run.text
+    assert ", 0 broken\nthen runs: 0" in run.text
 
 
 def test_a_folder_that_is_removed_while_it_is_used(place, reference):
@@ -162,4 +163,7 @@ def test_a_folder_that_is_removed_while_it_is_used(place, reference):
 def test_a_final_save_that_fails_ends_with_74(place):
     run = place.begin("final", fault="save.file:*:enospc")
     assert run.wait() == 74
-    assert json.loads((place.folder / "final" / "run.json").read_text())["state"] == "finished"
+    record = json.loads((place.folder / "final" / "run.json").read_text())
+    assert record["state"] == "failed"
+    assert "Training is done" in record["error"]
+    assert place.begin("final").wait() == 0

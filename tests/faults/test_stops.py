@@ -22,7 +22,7 @@ PHASES = {
     "first step": "step:1:sleep=1",
     "later step": "step:5:sleep=1",
     "evaluation": "eval:2:sleep=1",
-    "save": "save.file:14:sleep=1",
+    "save": "save.file:16:sleep=1",
 }
 
 
@@ -81,7 +81,7 @@ def test_a_signal_at_twenty_moments(place, reference):
 
 
 def test_a_second_signal_stops_at_once_and_harms_nothing(place, reference):
-    run = place.begin("twice", fault="save.file:14:sleep=20")
+    run = place.begin("twice", fault="save.file:16:sleep=20")
     run.wait_for("step 3/")
     run.send(signal.SIGTERM)
     run.wait_for("saving, then stopping")

@@ -184,7 +184,11 @@ def _saving(job: Job) -> Iterator[None]:
         if not is_disk_fault(error):
             raise
         saved = [path.name for path in list_checkpoints(job.output_dir)]
-        safe = f"{job.output_dir / saved[-1]} holds the last state" if saved else "no checkpoint was written either"
+        safe = (
+            f"{job.output_dir / saved[-1]} is the newest that could be saved"
+            if saved
+            else "no checkpoint was written either"
+        )
         raise SaveError(f"the result could not be written to {job.output_dir}: {error}; {safe}") from error
 
 
