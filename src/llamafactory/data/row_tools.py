@@ -92,3 +92,29 @@ def _trailing_json(text: str, field: str) -> tuple[object, int]:
         expected=_EXPECTED_CALL,
         fix="check quotes and brackets; text may stand before the JSON, not behind it",
     )
+
+
+def read_train(message: Mapping[str, object], field: str) -> bool | None:
+    """The mark `train` of a message: whether it carries loss, None where it does not say.
+
+    Raises:
+        RowError: not a boolean.
+    """
+    value = message.get("train")
+    if value is not None and not isinstance(value, bool):
+        raise RowError("not a boolean", field=f"{field}.train", found=describe(value), expected="true or false")
+    return value
+
+
+def read_weight(message: Mapping[str, object], field: str) -> float:
+    """The mark `weight` of a message: how much its tokens count in the loss.
+
+    Raises:
+        RowError: not a number from 0 up.
+    """
+    value = message.get("weight")
+    if value is None:
+        return 1.0
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+        raise RowError("not a weight", field=f"{field}.weight", found=describe(value), expected="a number from 0 up")
+    return float(value)

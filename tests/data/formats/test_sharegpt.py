@@ -1,6 +1,11 @@
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
+
 from llamafactory.data.formats.sharegpt import DEFAULT_TAGS, read_row
+from llamafactory.data.row_error import RowError
 from llamafactory.data.types import Conversation, DatasetSpec, Feedback, Preference, ToolCall
 
 
@@ -60,3 +65,19 @@ def test_preferences_and_feedback() -> None:
     judged = read_row({"conversations": turns(("human", "a"), ("gpt", "b")), "kto": True}, spec(kto_tag="kto"), "")
     assert isinstance(judged, Feedback)
     assert judged.is_desirable
+
+
+def test_answers_may_carry_marks_of_their_own() -> None:
+    listed: list[dict[str, Any]] = [
+        {"from": "human", "value": "a"},
+        {"from": "gpt", "value": "b", "train": False},
+        {"from": "human", "value": "c"},
+        {"from": "gpt", "value": "d", "weight": 0.5},
+    ]
+    record = read_row({"conversations": listed}, spec(), "f#1")
+    assert isinstance(record, Conversation)
+    assert [message.train for message in record.messages] == [None, False, None, None]
+    assert [message.weight for message in record.messages] == [1.0, 1.0, 1.0, 0.5]
+    listed[1]["train"] = "no"
+    with pytest.raises(RowError, match=r"conversations\[1\]\.train"):
+        read_row({"conversations": listed}, spec(), "f#1")

@@ -8,7 +8,7 @@ from llamafactory.data.formats import Detected, Record, Row, with_usual_columns
 from llamafactory.data.formats.alpaca import read_column, read_flag
 from llamafactory.data.row_error import RowError, describe, read_filled_text, read_text
 from llamafactory.data.row_media import PLACEHOLDERS, read_media
-from llamafactory.data.row_tools import read_call, read_tools
+from llamafactory.data.row_tools import read_call, read_tools, read_train, read_weight
 from llamafactory.data.types import (
     Conversation,
     DatasetSpec,
@@ -144,7 +144,7 @@ def _read_message(message: object, field: str, tags: Mapping[str, str | None], m
     if not calls:
         read_filled_text(text, f"{field}.{content_key}", "answer")
     return Message(
-        role=role, content=text, tool_calls=calls, train=_train(message, field), weight=_weight(message, field)
+        role=role, content=text, tool_calls=calls, train=read_train(message, field), weight=read_weight(message, field)
     )
 
 
@@ -206,19 +206,3 @@ def _read_calls(value: object, field: str) -> tuple[ToolCall, ...]:
         inner = call.get("function") if isinstance(call, Mapping) and "function" in call else call
         calls.append(read_call(inner, f"{field}[{place}]"))
     return tuple(calls)
-
-
-def _train(message: Mapping[str, object], field: str) -> bool | None:
-    value = message.get("train")
-    if value is not None and not isinstance(value, bool):
-        raise RowError("not a boolean", field=f"{field}.train", found=describe(value), expected="true or false")
-    return value
-
-
-def _weight(message: Mapping[str, object], field: str) -> float:
-    value = message.get("weight")
-    if value is None:
-        return 1.0
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-        raise RowError("not a weight", field=f"{field}.weight", found=describe(value), expected="a number from 0 up")
-    return float(value)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from llamafactory.data.formats import Detected, Record, Row, with_usual_columns
 from llamafactory.data.formats.alpaca import read_column, read_flag
 from llamafactory.data.row_error import RowError, describe, read_filled_text, read_text
-from llamafactory.data.row_tools import read_tools, split_calls
+from llamafactory.data.row_tools import read_tools, read_train, read_weight, split_calls
 from llamafactory.data.types import Conversation, DatasetSpec, Feedback, Message, Preference
 from llamafactory.extras.suggest import did_you_mean
 
@@ -95,7 +96,10 @@ def _read_turn(message: object, place: int, field: str, tags: Mapping[str, str |
             expected=" or ".join(allowed),
             fix="questions and answers alternate, and a question comes first",
         )
-    return _message(role, _content(message, field, tags), f"{field}.{tags.get('content_tag')}", tags)
+    read = _message(role, _content(message, field, tags), f"{field}.{tags.get('content_tag')}", tags)
+    if not isinstance(message, Mapping) or read.role != "assistant":
+        return read
+    return replace(read, train=read_train(message, field), weight=read_weight(message, field))
 
 
 def _message(role: str, text: str, field: str, tags: Mapping[str, str | None]) -> Message:
