@@ -9,12 +9,11 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
 
-from llamafactory.hparams.section import Section
 from llamafactory.model import attention
 from llamafactory.model.adapters import lora
 from llamafactory.train.feed import Feed
 from llamafactory.train.stage import Models
-from llamafactory.train.stages.sft import STAGE
+from llamafactory.train.stages.sft import STAGE, Options
 from llamafactory.train.step import StageModule, accumulate, apply_gradient, evaluation_loss
 from llamafactory.train.windows import Schedule, packed_items, single_items
 
@@ -38,7 +37,7 @@ def module(tiny_config):
     return StageModule(
         STAGE,
         Models(policy=policy, plan=SimpleNamespace(fused_head=True, loss_chunk_rows=7, fused_blocks=True)),
-        Section(),
+        Options(),
     )
 
 

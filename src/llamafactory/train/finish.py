@@ -27,6 +27,7 @@ from llamafactory.train.checkpoint.snapshot import TRAINING_FILES
 from llamafactory.train.loop import evaluate
 from llamafactory.train.output_dir import RUN_FILE, Claim, clear_replaced_run
 from llamafactory.train.plot import plot_curves
+from llamafactory.train.readings import read_run
 from llamafactory.train.report import RunResult, run_record, write_model_card, write_results
 from llamafactory.train.signals import EXIT_NOT_SAVED, StopSignal, exit_code_of
 
@@ -256,7 +257,10 @@ def _write_reports(
         for path in plot_curves(folder, state.log_history):
             log.info(f"curve: {path}")
     write_model_card(folder, cfg, record.document, metrics)
-    record.write("finished", metrics=metrics, steps=state.step)
+    readings = read_run(state.log_history)
+    for sentence in readings:
+        log.note(sentence)
+    record.write("finished", metrics=metrics, steps=state.step, readings=readings)
 
 
 def _interrupted(job: Job, record: RunRecord, result: FitResult) -> RunResult:

@@ -1,0 +1,77 @@
+"""The bundled model learns what each preference stage teaches, judged on rows that were held out."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from llamafactory.compose import load_config
+from llamafactory.train.tuner import run_exp
+
+pytestmark = pytest.mark.long
+
+
+def learn(tmp_path, **keys):
+    """Evaluations before and after a short run, and the rows of its log."""
+    options = {
+        "model_name_or_path": "SmolLM2-135M-Instruct", "do_train": True, "finetuning_type": "lora", "lora_rank": 8,
+        "output_dir": str(tmp_path / "out"), "template": "auto", "cutoff_len": 128, "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 4, "num_train_epochs": 2, "learning_rate": 5e-4, "logging_steps": 1,
+        "eval_strategy": "epoch", "eval_on_start": True, "save_strategy": "no", "warmup_steps": 2,
+    }  # fmt: skip
+    result = run_exp(load_config(options | keys))
+    assert result.exit_code == 0
+    rows = [json.loads(line) for line in (result.output_dir / "trainer_log.jsonl").read_text().splitlines()]
+    evaluations = [row for row in rows if "eval_loss" in row]
+    return evaluations[0], evaluations[-1], [row for row in rows if "loss" in row]
+
+
+LOSSES = {
+    "sigmoid": {"stage": "dpo", "pref_loss": "sigmoid"},
+    "orpo": {"stage": "dpo", "pref_loss": "orpo"},
+    "simpo": {"stage": "dpo", "pref_loss": "simpo", "pref_beta": 2.0},
+    "kto": {"stage": "kto"},
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_margin_of_held_out_rows_rises(name, shared_dir, embedded_model_dir, tmp_path):
+    dataset = "kto_en_demo" if name == "kto" else "dpo_en_demo"
+    more = {"max_samples": 48, "val_size": 16} if name == "kto" else {"max_samples": 24, "val_size": 8}
+    before, after, rows = learn(
+        tmp_path, dataset=dataset, dataset_dir=str(shared_dir / "data"), **LOSSES[name], **more
+    )
+    assert after["eval_loss"] < before["eval_loss"]
+    assert after["eval_rewards/margins"] > before["eval_rewards/margins"] + 1e-3
+    assert rows[-1]["rewards/margins"] > rows[0]["rewards/margins"]
+    if name == "sigmoid":
+        assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+        assert rows[0]["rewards/margins"] == pytest.approx(0.0, abs=1e-3)
+        assert before["eval_loss"] == pytest.approx(math.log(2), abs=1e-4)
+        assert after["eval_rewards/accuracies"] > 0.5
+    if name == "kto":
+        assert rows[0]["kl"] == pytest.approx(0.0, abs=1e-3)
+
+
+def test_a_reward_model_ranks_rows_that_it_has_not_seen(embedded_model_dir, tmp_path):
+    kind = ["Of course, gladly.", "Happy to help with that.", "Good question, here you go.", "Sure, with pleasure."]
+    rude = ["No.", "Leave me alone.", "Find out yourself.", "What a stupid question."]
+    things = ["rivers", "the moon", "bread", "chess", "clouds", "tea", "cats", "glass", "salt", "bees", "iron", "snow"]
+    rows = [
+        {
+            "conversations": [{"from": "human", "value": f"Tell me something about {thing}, please ({number})."}],
+            "chosen": {"from": "gpt", "value": kind[(number + place) % 4]},
+            "rejected": {"from": "gpt", "value": rude[(number * 3 + place) % 4]},
+        }
+        for number in range(4)
+        for place, thing in enumerate(things)
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    entry = {"file_name": "rows.json", "formatting": "sharegpt", "ranking": True,
+             "columns": {"messages": "conversations", "chosen": "chosen", "rejected": "rejected"}}  # fmt: skip
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"rows": entry}))
+    _, after, _ = learn(tmp_path, stage="rm", dataset="rows", dataset_dir=str(tmp_path), val_size=16)
+    assert after["eval_accuracy"] >= 0.8
+    assert (tmp_path / "out" / "value_head.safetensors").is_file()
