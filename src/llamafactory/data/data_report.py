@@ -63,6 +63,7 @@ class DatasetReport:
         fingerprint: sha256 of the rows as read, in order.
         num_rewritten: rows in which the template writes earlier answers otherwise than they were generated.
         num_left_out: answers of such rows that `rewritten_history: last` leaves out.
+        is_streamed: rows are read while training goes on; the counts are 0.
     """
 
     name: str
@@ -77,9 +78,12 @@ class DatasetReport:
     fingerprint: str
     num_rewritten: int = 0
     num_left_out: int = 0
+    is_streamed: bool = False
 
     def line(self) -> str:
         """The counts in one line."""
+        if self.is_streamed:
+            return f"{self.name}: streamed; its rows are read, counted and tokenised while training goes on"
         share = 100 * self.num_supervised_tokens / max(self.num_tokens, 1)
         text = f"{self.name}: {self.num_kept:,} of {self.num_rows:,} rows used"
         if self.num_examples != self.num_kept:

@@ -19,6 +19,7 @@ from llamafactory.data.lost_rows import keep_lost_rows, refuse_useless
 from llamafactory.data.mix import Mix, mix_rows
 from llamafactory.data.order import split_order
 from llamafactory.data.registry import find_specs
+from llamafactory.data.stream import ExampleStream
 from llamafactory.data.table import Examples, ExampleTable, join_tables
 from llamafactory.data.token_cache import TokenCaches
 from llamafactory.data.tokenised import Tokenised, take_stored, tokenise
@@ -32,13 +33,15 @@ class PreparedData:
     """What a run trains and evaluates on.
 
     `evaluation` has the key `eval`, or the names of the data sets with `eval_on_each_dataset`. `mix` says how the rows
-    of several data sets make up an epoch; None: each row comes once.
+    of several data sets make up an epoch; None: each row comes once. With a `stream`, `train` holds only the first
+    rows.
     """
 
     train: Examples
     evaluation: Mapping[str, Examples]
     report: DataReport
     mix: Mix | None = None
+    stream: ExampleStream | None = None
 
 
 def prepare_data(
@@ -94,9 +97,9 @@ def prepare_data(
     mix_report = mix.realised() if mix else []
     if mix is not None and is_cut_into_blocks(data, view):
         training, mix = training.select(mix_rows(mix, 0)), None
-    train = _as_read(training, data, view)
+    train = as_read(training, data, view)
     tables = _evaluation_tables(data, sets["eval"], held_out)
-    evaluation = {name: _as_read(table, data, view) for name, table in tables.items()}
+    evaluation = {name: as_read(table, data, view) for name, table in tables.items()}
     report = DataReport(
         datasets=tuple(one.report for one in everything),
         num_train=len(train),
@@ -128,7 +131,7 @@ def is_cut_into_blocks(data: DataConfig, view: ViewName) -> bool:
     return view == "text" and data.packing is not False
 
 
-def _as_read(table: ExampleTable, data: DataConfig, view: ViewName) -> Examples:
+def as_read(table: ExampleTable, data: DataConfig, view: ViewName) -> Examples:
     """The table as the stage reads it: documents are cut into blocks unless packing is off."""
     if not is_cut_into_blocks(data, view):
         return table

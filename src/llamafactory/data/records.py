@@ -88,14 +88,8 @@ class RecordReader:
             DataError: it brings media that are not allowed.
         """
         record = read_record(row, find_format(self.spec.formatting), self.spec)
-        if not self.allows_media and (media := conversation_of(record).media):
-            raise DataError(
-                f"{media[0].kind}s are not trained in this version",
-                where=row.origin,
-                found=f"{len(media)} files, the first in {media[0].column}",
-                expected="rows of text alone",
-                fix="data check, data preview and data stats read such rows; leave the data set out of training",
-            )
+        if not self.allows_media:
+            require_text_alone(record, row.origin)
         return fill_variables(record, self.variables, self.spec.name)
 
 
@@ -113,6 +107,18 @@ def read_record(row: SourceRow, row_format: RowFormat, spec: DatasetSpec) -> Rec
 def hashable(row: SourceRow) -> bytes:
     """The content of a row as bytes that two rows share only if they are alike."""
     return json.dumps(row.values, default=str, sort_keys=True).encode()
+
+
+def require_text_alone(record: Record, origin: str) -> None:
+    """Raises: DataError for a record with images, videos or audios, which this version cannot train on."""
+    if media := conversation_of(record).media:
+        raise DataError(
+            f"{media[0].kind}s are not trained in this version",
+            where=origin,
+            found=f"{len(media)} files, the first in {media[0].column}",
+            expected="rows of text alone",
+            fix="data check, data preview and data stats read such rows; leave the data set out of training",
+        )
 
 
 def fill_variables(record: Record, variables: Mapping[str, str], dataset: str) -> Record:

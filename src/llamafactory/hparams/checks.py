@@ -115,6 +115,29 @@ def check_val_size(config: RunConfig) -> Problem | None:
     return None
 
 
+def check_streaming(config: RunConfig) -> Iterator[Problem]:
+    """A stream has no length, so steps and held-out rows are counts."""
+    if not config.data.streaming or config.command != "train" or not config.train.do_train:
+        return
+    if config.train.max_steps <= 0:
+        yield Problem(
+            key="max_steps", message="streaming has no number of rows to count epochs by", fix="max_steps: 1000"
+        )
+    if 0 < config.data.val_size < 1:
+        yield Problem(
+            key="val_size",
+            given=f"{config.data.val_size:g}",
+            message="streaming has no number of rows to take a share of",
+            allowed="a whole number of rows",
+        )
+    if config.train.stage not in ("pt", "sft", "rm", "dpo"):
+        yield Problem(
+            key="streaming",
+            message=f"not for stage {config.train.stage}, which looks at all rows before it starts",
+            fix="streaming: false; max_samples uses a part of a large data set",
+        )
+
+
 def check_mix(config: RunConfig) -> Problem | None:
     """`interleave_probs` has one share for each data set."""
     probs, names = config.data.interleave_probs, config.data.dataset
@@ -291,6 +314,7 @@ CHECKS = (
     check_best_evaluation,
     check_val_size,
     check_mix,
+    check_streaming,
     check_loss_mask,
     check_sft_only,
     check_packing,

@@ -35,6 +35,10 @@ class DataConfig(Section):
     interleave_probs: tuple[float, ...] = option(
         (), "Share of each data set when interleaving; empty takes turns.", group=_SOURCE
     )
+    streaming: bool = option(False, "Read and tokenise rows while training goes on; needs max_steps.", group=_SOURCE)
+    buffer_size: int = option(
+        16384, "Rows among which streaming shuffles; max_bad_rows counts from as many on.", group=_SOURCE, ge=1
+    )
     data_variables: dict[str, str] = option(
         {}, "Values for {{key}} placeholders in rows, for example name and author.", group=_SOURCE
     )

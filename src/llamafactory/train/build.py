@@ -40,6 +40,7 @@ from llamafactory.train.rows import ROWS
 from llamafactory.train.schedule import build_schedule
 from llamafactory.train.stage import Models, load_stage
 from llamafactory.train.step import StageModule
+from llamafactory.train.stream_feed import build_stream_feed
 from llamafactory.train.windows import Schedule, group_items, packed_items, single_items
 from llamafactory.train.workload import RowSizes, workload_of_rows
 
@@ -235,7 +236,11 @@ def assemble_job(
     module: Any = StageModule(stage, models, cfg.stage_options, noise=noise)
     pad_id = cast("int", tokenizer.pad_token_id)
     feed = partial(build_feed, cfg, plan, view=stage.view, pad_id=pad_id, num_ranks=accelerator.num_processes)
-    training = feed(data.train, training=True, mix=data.mix)
+    if data.stream is None:
+        training = feed(data.train, training=True, mix=data.mix)
+    else:
+        quiet = partial(feed, training=True, is_quiet=True)
+        training = build_stream_feed(cfg, data, data.stream, feed=quiet, num_ranks=accelerator.num_processes)
     total_steps = training.schedule.total_windows(max_steps=train.max_steps, num_epochs=train.num_train_epochs)
     start, updates = fresh_state(claim.run_id), None
     files = ModelFiles(policy, tokenizer, chat_template=chat_template_to_save(cfg.data, tokenizer))
@@ -301,6 +306,7 @@ def build_feed(
     num_ranks: int,
     training: bool,
     mix: Mix | None = None,
+    is_quiet: bool = False,
 ) -> Feed:
     """Batches over examples, for training or for evaluation.
 
@@ -310,7 +316,8 @@ def build_feed(
     sizes = RowSizes.of(examples)
     is_whole = find_view(view).is_whole
     schedule = build_schedule_of_rows(cfg, sizes, is_whole=is_whole, num_ranks=num_ranks, training=training, mix=mix)
-    if training and schedule.items and not is_whole and (cfg.data.packing or cfg.data.neat_packing):
+    packs = training and schedule.items and not is_whole and (cfg.data.packing or cfg.data.neat_packing)
+    if packs and not is_quiet:
         filled = sum(schedule.lengths) / (len(schedule.items) * cfg.data.cutoff_len)
         log.info(
             f"packing: {len(examples):,} examples in {len(schedule.items):,} bins of {cfg.data.cutoff_len:,} tokens, "

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from llamafactory.train.checkpoint.state import RunState
     from llamafactory.train.feed import Feed
     from llamafactory.train.model_files import ModelFiles
+    from llamafactory.train.stream_feed import StreamFeed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,7 @@ class Job:
     accelerator: Accelerator
     module: nn.Module
     updates: Updates | None
-    feed: Feed
+    feed: Feed | StreamFeed
     evaluation: Mapping[str, Feed]
     total_steps: int
     start: RunState

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,6 +47,7 @@ def _run(cfg: RunConfig, claim: Claim, stop: StopRequest) -> RunResult:
     log.info(f"output: {claim.output_dir}" + (f", continuing {claim.resume_from.name}" if claim.resume_from else ""))
     from llamafactory.data.pipeline import prepare_data
     from llamafactory.data.sources.access import access_of
+    from llamafactory.data.stream_pipeline import prepare_stream
     from llamafactory.extras.hardware import read_hardware
     from llamafactory.model.loader import load_model_config
     from llamafactory.model.remedies import require_fit
@@ -57,14 +59,16 @@ def _run(cfg: RunConfig, claim: Claim, stop: StopRequest) -> RunResult:
     from llamafactory.train.stage import load_stage
 
     tokenizer, template = build.load_text(cfg)
-    data = prepare_data(
+    prepare = partial(prepare_data, for_training=cfg.train.do_train)
+    if cfg.data.streaming and cfg.train.do_train:
+        prepare = partial(prepare_stream, shuffle=not cfg.train.disable_shuffling)
+    data = prepare(
         cfg.data,
         template,
         tokenizer,
         view=load_stage(cfg.train.stage).view,
         seed=build.data_seed(cfg),
         access=access_of(cfg.data, cfg.model),
-        for_training=cfg.train.do_train,
         output_dir=claim.output_dir if log.is_main_process() else None,
         cache_dir=Path(cfg.model.cache_dir) if cfg.model.cache_dir else None,
     )
