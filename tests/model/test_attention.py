@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -9,28 +13,60 @@ from transformers import AutoModelForCausalLM
 from llamafactory.data.collate import collate_flat, collate_padded
 from llamafactory.model import attention
 from llamafactory.model.family import FAMILIES, family_of
-from llamafactory.train.logprob import _forward
+from llamafactory.train.logprob import _forward, supervised_nll, token_logprobs
 
 LENGTHS = (7, 1, 23, 7, 12)
+
+
+SMALL = {
+    "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+    "attn_logit_softcapping": 1.5, "final_logit_softcapping": 0.7, "logit_scale": 0.4, "logits_scaling": 3.0,
+    "attention_multiplier": 0.7, "residual_multiplier": 0.6, "embedding_multiplier": 1.4, "rope_scaling": None,
+    "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+"""Every number that a family may have and llama has not, so that a test sees whether it is used."""
+WINDOW = {"sliding_window": 5, "use_sliding_window": True, "max_window_layers": 0}
+SEGMENT_TYPES = sorted(name for name, family in FAMILIES.items() if family.segments)
 
 
 def build(config, implementation):
     torch.manual_seed(0)
     attention.register()
-    return AutoModelForCausalLM.from_config(config, attn_implementation=implementation, dtype=torch.float32).eval()
+    config = copy.deepcopy(config)  # transformers writes the implementation into it
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # as large as in a trained model, so that scores differ
+            parameter.mul_(6.0 if parameter.ndim > 1 else 1.0)
+    return model
 
 
-@pytest.mark.parametrize("model_type", sorted(name for name, family in FAMILIES.items() if family.segments))
+@pytest.mark.parametrize("model_type", SEGMENT_TYPES)
 @pytest.mark.parametrize("window", [None, 5])
 def test_flat_logits_equal_those_of_each_row_alone(model_type, window, tiny_config, make_examples):
-    changes = {} if window is None else {"sliding_window": window, "use_sliding_window": True, "max_window_layers": 0}
-    config = tiny_config(model_type, **changes)
+    config = tiny_config(model_type, **SMALL, **({} if window is None else WINDOW))
     examples = make_examples(LENGTHS)
     flat = _forward(build(config, attention.NAME), collate_flat(examples)).logits[0]
     stock = build(config, "eager")
     for example, piece in zip(examples, flat.split(LENGTHS), strict=True):
         alone = stock(input_ids=torch.tensor(example.input_ids, dtype=torch.long)[None]).logits[0]
-        torch.testing.assert_close(piece, alone, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(piece, alone, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("model_type", SEGMENT_TYPES)
+def test_loss_and_logprobs_of_each_family_are_those_of_its_rows_alone(model_type, tiny_config, make_examples):
+    config = tiny_config(model_type, **SMALL)
+    examples = make_examples(LENGTHS)
+    stock, ours = build(config, "eager"), build(config, attention.NAME)
+    expected = []
+    for example in examples:
+        ids = torch.tensor(example.input_ids, dtype=torch.long)
+        logprobs = torch.log_softmax(stock(input_ids=ids[None]).logits[0, :-1], -1)
+        places = torch.from_numpy(example.labels[1:] != -100)
+        expected.append(logprobs[places].gather(1, ids[1:][places, None]).squeeze(1))
+    plan = SimpleNamespace(fused_head=True, loss_chunk_rows=4, fused_blocks=True)
+    batch = collate_flat(examples)
+    torch.testing.assert_close(token_logprobs(ours, batch, plan), torch.cat(expected), rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(supervised_nll(ours, batch, plan), -torch.cat(expected).sum(), rtol=1e-5, atol=0)
 
 
 def test_sliding_window_is_really_in_use(tiny_config, make_examples):
@@ -75,3 +111,21 @@ def test_padded_batches_and_generation_use_the_stock_path(tiny_config, make_exam
 def test_unlisted_model_types_promise_nothing():
     assert not family_of("mamba").segments
     assert family_of("mamba").head is None
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "gpt_oss"])
+@pytest.mark.parametrize("window", [None, 5])
+def test_a_shared_prefix_keeps_soft_caps_and_sinks(model_type, window, tiny_config, make_examples):
+    config = tiny_config(model_type, **SMALL, **({} if window is None else WINDOW))
+    prefix, one, other = (example.input_ids for example in make_examples((9, 7, 4)))
+    model = build(config, attention.NAME)
+    ids = np.concatenate([prefix, one, other])
+    positions = np.concatenate([np.arange(16), np.arange(9, 13)])
+    tree = model(
+        input_ids=torch.tensor(ids, dtype=torch.long)[None], position_ids=torch.tensor(positions)[None],
+        attention_mask=attention.no_mask("cpu"), segment_lengths=((9, 7, 4),), use_cache=False,
+    ).logits[0]  # fmt: skip
+    stock = build(config, "eager")
+    for branch, piece in ((one, tree[9:16]), (other, tree[16:])):
+        whole = torch.tensor(np.concatenate([prefix, branch]), dtype=torch.long)[None]
+        torch.testing.assert_close(piece, stock(input_ids=whole).logits[0, 9:], rtol=2e-5, atol=2e-5)

@@ -61,7 +61,7 @@ def segment_attention(
         scaling: factor on the scores; None means `head_dim ** -0.5`.
         segment_lengths: tokens of each segment, summing to `time`; or of each prefix tree, see `tree_attention`.
         sliding_window: a token sees itself and the `sliding_window - 1` tokens before it.
-        **kwargs: of the stock path.
+        **kwargs: of the stock path; `softcap` (Gemma 2) and `s_aux` (sinks, GPT-OSS) change the scores here too.
 
     Returns:
         `[1, time, heads, head_dim]` and None for the attention weights.
@@ -70,11 +70,22 @@ def segment_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    trees = [(0, part) if isinstance(part, int) else tuple(part) for part in segment_lengths]
+    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+    if softcap is not None or sinks is not None:
+        sizes = [sum(tree) for tree in trees]
+        masks = [_tree_mask(tree, sliding_window, query.device) for tree in trees]
+        parts = zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), masks, strict=True)
+        scored = [
+            _scored_attention(*part, dropout=dropout, scaling=scaling, softcap=softcap, sinks=sinks) for part in parts
+        ]
+        return torch.cat(scored, dim=2).transpose(1, 2).contiguous(), None
     lengths = [length for length in segment_lengths if isinstance(length, int)]
     if len(lengths) < len(segment_lengths):
-        trees = [(0, part) if isinstance(part, int) else part for part in segment_lengths]
-        options = {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window}
-        return tree_attention(query, key, value, trees, **options).transpose(1, 2).contiguous(), None
+        mixed = tree_attention(
+            query, key, value, trees, dropout=dropout, scaling=scaling, sliding_window=sliding_window
+        )
+        return mixed.transpose(1, 2).contiguous(), None
     grouped = query.shape[1] != key.shape[1]
     pieces = [
         F.scaled_dot_product_attention(
@@ -90,6 +101,51 @@ def segment_attention(
         for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
     ]
     return torch.cat(pieces, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _scored_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    visible: torch.Tensor,
+    *,
+    dropout: float,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention of one segment or tree with its scores in memory, for what SDPA cannot do to them.
+
+    Args:
+        query: `[1, heads, time, head_dim]`.
+        key: `[1, kv_heads, time, head_dim]`.
+        value: as `key`.
+        visible: boolean `[time, time]`: which keys a query sees.
+        dropout: of the attention weights.
+        scaling: factor on the scores; None means `head_dim ** -0.5`.
+        softcap: c of `c tanh(scores / c)`, or None.
+        sinks: `[heads]` logits of an empty key that takes weight and gives nothing, or None.
+    """
+    heads, length = query.shape[1], query.shape[2]
+    key, value = (states.repeat_interleave(heads // states.shape[1], dim=1) for states in (key, value))
+    scores = query @ key.transpose(2, 3) * (query.shape[3] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~visible, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.reshape(1, heads, 1, 1).expand(1, heads, length, 1)], dim=-1)
+    weights = torch.softmax(scores.float(), dim=-1).to(query.dtype)[..., :length]
+    return F.dropout(weights, dropout) @ value
+
+
+def _tree_mask(tree: Sequence[int], window: int | None, device: torch.device) -> torch.Tensor:
+    """Boolean `[time, time]`: a prefix, then branches that see the prefix and themselves, each causally."""
+    prefix, *branches = tree
+    positions = torch.cat([torch.arange(prefix), *(torch.arange(prefix, prefix + size) for size in branches)])
+    owners = torch.repeat_interleave(torch.arange(len(tree)), torch.tensor(tree))
+    distance = positions[:, None] - positions[None, :]
+    visible = (distance >= 0) & ((owners[:, None] == owners[None, :]) | (owners[None, :] == 0))
+    return (visible if window is None else visible & (distance < window)).to(device)
 
 
 def _band_mask(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:

@@ -50,14 +50,50 @@ class Family:
 
 
 UNPROVEN = Family(segments=False, prenorm_blocks=False, head=None)
-_PLAIN = Family(segments=True, prenorm_blocks=True, head=Head())
+_LLAMA_LIKE = Family(segments=True, prenorm_blocks=True, head=Head())
+_OTHER_BLOCKS = Family(segments=True, prenorm_blocks=False, head=Head())
+
+
+def _with_head(head: Head) -> Family:
+    return Family(segments=True, prenorm_blocks=False, head=head)
+
+
+_CAPPED = _with_head(Head(capped_by="final_logit_softcapping"))
+_MULTIPLIED = _with_head(Head(multiplied_by="logit_scale"))
+_DIVIDED = _with_head(Head(divided_by="logits_scaling"))
 
 FAMILIES: dict[str, Family] = {
-    "llama": _PLAIN,
-    "mistral": _PLAIN,
-    "qwen2": _PLAIN,
-    "qwen3": _PLAIN,
-    "smollm3": _PLAIN,
+    "arcee": _OTHER_BLOCKS,
+    "cohere": _MULTIPLIED,
+    "cohere2": _MULTIPLIED,
+    "ernie4_5": _OTHER_BLOCKS,
+    "exaone4": _OTHER_BLOCKS,
+    "gemma": _OTHER_BLOCKS,
+    "gemma2": _CAPPED,
+    "gemma3_text": _CAPPED,
+    "glm": _OTHER_BLOCKS,
+    "glm4": _OTHER_BLOCKS,
+    "gpt_oss": _OTHER_BLOCKS,
+    "granite": _DIVIDED,
+    "granitemoe": _DIVIDED,
+    "helium": _OTHER_BLOCKS,
+    "hunyuan_v1_dense": _OTHER_BLOCKS,
+    "llama": _LLAMA_LIKE,
+    "ministral": _OTHER_BLOCKS,
+    "mistral": _LLAMA_LIKE,
+    "mixtral": _OTHER_BLOCKS,
+    "olmo": _OTHER_BLOCKS,
+    "olmo2": _OTHER_BLOCKS,
+    "olmo3": _OTHER_BLOCKS,
+    "phi": _OTHER_BLOCKS,
+    "phi3": _OTHER_BLOCKS,
+    "qwen2": _LLAMA_LIKE,
+    "qwen2_moe": _OTHER_BLOCKS,
+    "qwen3": _LLAMA_LIKE,
+    "qwen3_moe": _OTHER_BLOCKS,
+    "seed_oss": _OTHER_BLOCKS,
+    "smollm3": _LLAMA_LIKE,
+    "starcoder2": _OTHER_BLOCKS,
 }
 
 
