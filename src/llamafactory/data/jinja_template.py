@@ -67,8 +67,6 @@ class JinjaTemplate:
         }
         if enable_thinking is not None:
             self._variables["enable_thinking"] = enable_thinking
-            if "enable_thinking" not in known:
-                note("the tokenizer's chat template does not know enable_thinking, so it has no effect", once=True)
         if preserve_thinking:
             _require_preserve_thinking(known)
             self._variables["preserve_thinking"] = True

@@ -61,6 +61,8 @@ def build_template(
                 expected="the name of a template",
                 fix="set template: chatml for a base model that you teach to chat, or template: default",
             )
+        if enable_thinking is not None and "enable_thinking" not in jinja:
+            note("the tokenizer's chat template does not know enable_thinking, so it has no effect", once=True)
         return JinjaTemplate(
             jinja,
             tokenizer,
