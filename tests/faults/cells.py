@@ -18,5 +18,23 @@ CELLS: dict[str, dict[str, str]] = {
         "save_total_limit": "1",
     },
     "sft lora saved in the main thread": {"async_save": "false", "save_steps": "1"},
+    "dpo lora": {"stage": "dpo", "dataset": "pairs"},
+    "dpo full": {"stage": "dpo", "dataset": "pairs", "finetuning_type": "full"},
+    "kto lora": {"stage": "kto", "dataset": "judged"},
+    "rm lora": {"stage": "rm", "dataset": "pairs"},
+    "pt full, packed": {"stage": "pt", "dataset": "texts", "finetuning_type": "full", "cutoff_len": "48"},
     "sft lora padded, cosine": {"flash_attn": "disabled", "lr_scheduler_type": "cosine", "warmup_ratio": "0.2"},
 }  # fmt: skip
+DATASETS = {
+    "rows": {"file_name": "rows.json"},
+    "pairs": {
+        "file_name": "pairs.json",
+        "ranking": True,
+        "columns": {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"},
+    },
+    "judged": {
+        "file_name": "judged.json",
+        "columns": {"prompt": "instruction", "response": "output", "kto_tag": "kto_tag"},
+    },
+    "texts": {"file_name": "texts.json", "columns": {"prompt": "text"}},
+}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.faults.cells import COMMON
+from tests.faults.cells import COMMON, DATASETS
 from tests.faults.harness import Place, Tally, Zygote, zygote
 
 
@@ -50,7 +50,12 @@ def write_place(folder: Path, model: Path, num_rows: int, **changes: str) -> tup
     folder.mkdir(parents=True, exist_ok=True)
     rows = [{"instruction": f"Say {n}.", "output": f"{n} " * (2 + n % 5)} for n in range(num_rows)]
     (folder / "rows.json").write_text(json.dumps(rows))
-    (folder / "dataset_info.json").write_text('{"rows": {"file_name": "rows.json"}}')
+    pairs = [{**row, "chosen": row.pop("output"), "rejected": f"no {n}"} for n, row in enumerate(map(dict, rows))]
+    judged = [{**row, "kto_tag": n % 2 == 0} for n, row in enumerate(rows)]
+    texts = [{"text": f"{row['instruction']} {row['output']}" * 2} for row in rows]
+    for name, content in {"pairs": pairs, "judged": judged, "texts": texts}.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    (folder / "dataset_info.json").write_text(json.dumps(DATASETS))
     options = {"model_name_or_path": str(model), "dataset_dir": str(folder), **COMMON, **changes}
     return tuple(f"{key}={value}" for key, value in options.items())
 

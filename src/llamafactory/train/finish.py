@@ -106,20 +106,22 @@ class RunRecord:
         try:
             yield
         except StopSignal as stopped:
-            self._write_end(accelerator, "interrupted", summary=f"{stopped} before the first step of this process")
+            summary = f"{stopped} before the first step of this process"
+            self.write_end(accelerator, summary, state="interrupted", key="summary")
             raise
         except BaseException as error:
-            self._write_end(accelerator, "failed", error=f"{type(error).__name__}: {str(error)[:500]}")
+            self.write_end(accelerator, f"{type(error).__name__}: {str(error)[:500]}")
             raise
         finally:
             _close_trackers(accelerator)
             _forget_accelerator()
 
-    def _write_end(self, accelerator: Accelerator, state: str, **more: Any) -> None:
+    def write_end(self, accelerator: Accelerator, why: str, *, state: str = "failed", key: str = "error") -> None:
+        """Writes down why a run of this rank ended; never raises."""
         if not (accelerator.is_main_process and self.is_training):
             return
         try:
-            self.write(state, **more)
+            self.write(state, **{key: why})
         except OSError as fault:  # the error that ended the run is the one to show
             log.warn(f"{self.path} cannot be written: {fault}")
 

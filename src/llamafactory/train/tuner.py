@@ -57,6 +57,7 @@ def _run(cfg: RunConfig, claim: Claim, stop: StopRequest) -> RunResult:
     from llamafactory.train.report import package_versions
     from llamafactory.train.rerun import say_what_differs
     from llamafactory.train.stage import load_stage
+    from llamafactory.train.watchdog import watching
 
     tokenizer, template = build.load_text(cfg)
     prepare = partial(prepare_data, for_training=cfg.train.do_train)
@@ -90,7 +91,7 @@ def _run(cfg: RunConfig, claim: Claim, stop: StopRequest) -> RunResult:
     record = finish.RunRecord.start(
         cfg, claim, plan=plan, data=data, policy=policy, num_processes=accelerator.num_processes
     )
-    with record.closing(accelerator):
+    with record.closing(accelerator), watching(accelerator, partial(record.write_end, accelerator)):
         job = build.assemble_job(
             cfg,
             claim,

@@ -1,0 +1,120 @@
+"""Two processes: one that stops ends both, with its name; checkpoints of two continue as one, and back."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+from tests.faults.harness import ROOT, Place
+
+pytestmark = pytest.mark.long
+
+
+def start(place: Place, name: str, ranks: int, *more: str, fault: str = "") -> subprocess.Popen[str]:
+    """The real command, through torchrun where there are several ranks."""
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+        "LLAMAFACTORY_FAILPOINT": fault,
+    }  # fmt: skip
+    if ranks > 1:
+        environment |= {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": str(ranks)}
+    words = [*place.words, f"output_dir={place.folder / name}", *more]
+    return subprocess.Popen(
+        [sys.executable, "-m", "llamafactory", "train", *words],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def read_until(process: subprocess.Popen[str], text: str) -> None:
+    assert process.stderr is not None
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if text in line:
+            return
+    raise AssertionError("".join(lines[-30:]))
+
+
+def ranks_of(process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
+    """The processes that train, by rank."""
+    found = {}
+    for child in psutil.Process(process.pid).children(recursive=True):
+        rank = child.environ().get("RANK")
+        if rank is not None:
+            found[int(rank)] = child
+    return found
+
+
+def test_one_stopped_rank_ends_both_and_is_named(make_place):
+    place = make_place(num_train_epochs="2000", save_steps="100000")
+    process = start(place, "stopped", 2)
+    try:
+        read_until(process, "step 20/")
+        ranks = ranks_of(process)
+        os.kill(ranks[1].pid, signal.SIGSTOP)
+        started = time.monotonic()
+        _, text = process.communicate(timeout=90)
+        seconds = time.monotonic() - started
+    finally:
+        for child in ranks_of(process).values() if process.poll() is None else ():
+            child.kill()
+        process.kill()
+    assert process.returncode not in (0, 130, 143)
+    who = rf"rank 1 \(pid {ranks[1].pid} on .*\)"
+    assert re.search(who + r" has given no sign of life for 20 s; it was at \w+\.py:\d+ in \w+", text)
+    assert "Rank 0 was at " in text
+    assert seconds < 60
+    record = json.loads((place.folder / "stopped" / "run.json").read_text())
+    assert record["state"] == "failed"
+    assert "rank 1" in record["error"]
+    assert not any(child.is_running() for child in ranks.values())
+
+
+def run(place: Place, name: str, ranks: int, *more: str, fault: str = "", code: int = 0) -> str:
+    process = start(place, name, ranks, *more, fault=fault)
+    _, text = process.communicate(timeout=300)
+    assert (process.returncode == 0) == (code == 0), text[-4000:]
+    return text
+
+
+def losses_of(folder: Path) -> list[float]:
+    rows = [json.loads(line) for line in (folder / "trainer_log.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def test_two_ranks_continue_as_one_and_one_as_two(make_place):
+    """Order and losses are those of one process; the last digits are not promised across numbers of processes."""
+    place = make_place(save_steps="1", num_train_epochs="2")
+    reference = place.finish("reference")
+    one, two = ("per_device_train_batch_size=2",), ("per_device_train_batch_size=1",)
+    run(place, "ranks", 2, *two, fault="step:4:kill", code=1)
+    run(place, "ranks", 1, *one, fault="step:4:kill", code=1)
+    text = run(place, "ranks", 2, *two)
+    assert "every step holds the rows that it would have held" in text
+    assert losses_of(place.folder / "ranks") == pytest.approx(losses_of(place.folder / "reference"), rel=1e-4)
+    ours, theirs = (load_file(place.folder / name / "adapter_model.safetensors") for name in ("ranks", "reference"))
+    for key, weight in theirs.items():
+        assert (ours[key] - weight).abs().max() <= 1e-3 * weight.abs().max() + 1e-5
+    assert len(reference.rows) == len(losses_of(place.folder / "ranks"))
+
+
+def test_two_ranks_continue_bit_equal(make_place):
+    place = make_place(save_steps="1", num_train_epochs="2", lora_dropout="0.3", per_device_train_batch_size="1")
+    run(place, "whole", 2)
+    run(place, "killed", 2, fault="step:5:kill", code=1)
+    run(place, "killed", 2)
+    assert losses_of(place.folder / "killed") == losses_of(place.folder / "whole")
+    weights = [(place.folder / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "killed")]
+    assert weights[0] == weights[1]
+    states = load_file(place.folder / "whole" / "checkpoint-1" / "rng_state.safetensors")
+    assert {name.split(".")[0] for name in states} == {"0", "1"}
