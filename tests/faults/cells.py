@@ -25,16 +25,12 @@ CELLS: dict[str, dict[str, str]] = {
     "pt full, packed": {"stage": "pt", "dataset": "texts", "finetuning_type": "full", "cutoff_len": "48"},
     "sft lora padded, cosine": {"flash_attn": "disabled", "lr_scheduler_type": "cosine", "warmup_ratio": "0.2"},
 }  # fmt: skip
+_PAIR = {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"}
+_JUDGED = {"prompt": "instruction", "response": "output", "kto_tag": "kto_tag"}
 DATASETS = {
     "rows": {"file_name": "rows.json"},
-    "pairs": {
-        "file_name": "pairs.json",
-        "ranking": True,
-        "columns": {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"},
-    },
-    "judged": {
-        "file_name": "judged.json",
-        "columns": {"prompt": "instruction", "response": "output", "kto_tag": "kto_tag"},
-    },
+    "pairs": {"file_name": "pairs.json", "ranking": True, "columns": _PAIR},
+    "judged": {"file_name": "judged.json", "columns": _JUDGED},
     "texts": {"file_name": "texts.json", "columns": {"prompt": "text"}},
 }
+"""The `dataset_info.json` beside the rows."""

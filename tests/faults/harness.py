@@ -140,7 +140,7 @@ class Outcome:
 
     Attributes:
         losses: step and loss as hex, evaluations too, from `trainer_log.jsonl`.
-        weights: name and sha256 of the final weight files.
+        weights: name and sha256 of the final safetensors files.
         rows: rows of each step that was begun last.
     """
 
@@ -158,7 +158,7 @@ def outcome_of(folder: Path, trace: Path) -> Outcome:
         for key in row
         if key == "loss" or key.startswith("eval_")
     ]
-    weights = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*model.safetensors")}
+    weights = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.safetensors")}
     return Outcome(losses=losses, weights=weights, rows=rows_of(trace)[1])
 
 
