@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+from typing import Any
+
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llamafactory.data.batch import Batch
+from llamafactory.data.collate import collate_flat
 from llamafactory.data.pack import pack_best_fit
 
 
@@ -31,3 +35,39 @@ def test_each_index_once_and_no_bin_over_its_capacity(lengths: list[int]) -> Non
 def test_at_most_one_bin_is_half_empty(lengths: list[int]) -> None:
     fills = [sum(lengths[index] for index in group) for group in pack_best_fit(lengths, capacity=64)]
     assert sum(fill * 2 <= 64 for fill in fills) <= 1
+
+
+@given(st.lists(st.integers(0, 20), max_size=60), st.integers(1, 16))
+def test_the_bins_are_those_of_a_plain_search(lengths: list[int], capacity: int) -> None:
+    bins: list[list[int]] = []
+    free: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
+        fitting = [number for number in range(len(bins)) if 0 < free[number] >= lengths[index]]
+        if fitting:
+            number = min(fitting, key=lambda number: (free[number], number))
+        else:
+            number = len(bins)
+            bins.append([])
+            free.append(max(capacity, lengths[index]))
+        bins[number].append(index)
+        free[number] -= lengths[index]
+    assert pack_best_fit(lengths, capacity) == bins
+
+
+@given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=30), seed=st.integers(0, 99))
+def test_packing_keeps_what_is_supervised(lengths: list[int], seed: int, make_examples: Any) -> None:
+    examples = make_examples(lengths, seed=seed)
+    for places in pack_best_fit(lengths, capacity=16):
+        packed = collate_flat([examples[place] for place in places])
+        assert packed.segment_lengths == tuple(lengths[place] for place in places)
+        targets: list[tuple[int, int]] = []
+        start = 0
+        for place in places:
+            alone = collate_flat([examples[place]])
+            targets += [(start + int(row), int(token)) for row, token in zip(*target(alone), strict=True)]
+            start += lengths[place]
+        assert targets == [(int(row), int(token)) for row, token in zip(*target(packed), strict=True)]
+
+
+def target(batch: Batch) -> tuple[Any, Any]:
+    return batch.target_rows, batch.target_ids
