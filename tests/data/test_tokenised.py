@@ -38,12 +38,12 @@ class Plain:
     eos_token = "<|im_end|>"
 
 tokenised.ROWS_PER_SHARD = 8
-encode_shard = tokenised._encode_shard
+encode_shard = tokenised.encode_shard
 def slowly(*args):
     time.sleep(float(sys.argv[4]))
     print("shard", flush=True)
     return encode_shard(*args)
-tokenised._encode_shard = slowly
+tokenised.encode_shard = slowly
 data = DataConfig(dataset=("rows",), dataset_dir=sys.argv[2], tokenized_path=sys.argv[3])
 prepare_data(data, build_template("chatml", Plain), Plain, seed=1)
 """
@@ -92,7 +92,7 @@ def test_a_warm_start_gives_the_same_and_says_the_same(
     assert "placeholder" in said
     assert "1 of 200 rows are not used" in said
     monkeypatch.setattr(log, "_said_once", set())
-    monkeypatch.setattr(tokenised, "_encode_shard", None)  # nothing may be tokenised now
+    monkeypatch.setattr(tokenised, "encode_shard", None)  # nothing may be tokenised now
     warm = prepare(data, tokenizer, output_dir=tmp_path / "warm")
     assert capsys.readouterr().err == said
     assert warm.report == cold.report
@@ -125,7 +125,7 @@ def test_a_renamed_file_and_set_are_found_and_called_by_their_new_names(
     listed = rows(200)
     listed[3]["output"] = ""
     prepare(chatml(listed), tokenizer)
-    monkeypatch.setattr(tokenised, "_encode_shard", None)
+    monkeypatch.setattr(tokenised, "encode_shard", None)
     (tmp_path / "rows.json").rename(tmp_path / "better.json")
     (tmp_path / "dataset_info.json").write_text(json.dumps({"new": {"file_name": "better.json"}}))
     data = DataConfig(dataset=("new",), dataset_dir=str(tmp_path), template="chatml")
@@ -182,8 +182,8 @@ def test_a_damaged_shard_is_made_again_and_the_others_are_not(
     path = sorted(own_cache.rglob("*.safetensors"))[2]
     path.write_bytes(path.read_bytes()[:-3] + b"abc")
     made: list[int] = []
-    encode_shard = tokenised._encode_shard
-    monkeypatch.setattr(tokenised, "_encode_shard", lambda *args: made.append(1) or encode_shard(*args))
+    encode_shard = tokenised.encode_shard
+    monkeypatch.setattr(tokenised, "encode_shard", lambda *args: made.append(1) or encode_shard(*args))
     after = prepare(data, tokenizer)
     assert "checksum" in capsys.readouterr().err
     assert made == [1]
@@ -197,8 +197,8 @@ def test_overwrite_cache_makes_all_of_it_again(
     data = chatml(rows(20))
     prepare(data, tokenizer)
     made: list[int] = []
-    encode_shard = tokenised._encode_shard
-    monkeypatch.setattr(tokenised, "_encode_shard", lambda *args: made.append(1) or encode_shard(*args))
+    encode_shard = tokenised.encode_shard
+    monkeypatch.setattr(tokenised, "encode_shard", lambda *args: made.append(1) or encode_shard(*args))
     prepare(data, tokenizer)
     assert made == []
     prepare(data.model_copy(update={"overwrite_cache": True}), tokenizer)

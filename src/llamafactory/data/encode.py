@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 Overlong = Literal["truncate", "drop", "error"]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Run:
-    """Neighbouring segments of one turn side that are supervised alike: one text for the tokenizer."""
+class _Run(NamedTuple):
+    """Neighbouring segments of one turn side that are supervised alike: one text for the tokenizer.
 
-    segments: tuple[Segment, ...]
-    label_weight: float  # 0: not supervised
+    `is_mixed` says that row text in the run holds a special-token string; `label_weight` 0: not supervised.
+    """
 
-    @property
-    def text(self) -> str:
-        return "".join(segment.text for segment in self.segments)
+    segments: Sequence[Segment]
+    label_weight: float
+    text: str
+    is_mixed: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,12 +68,12 @@ class Encoder:
 
     def encode(self, sequences: Sequence[Sequence[Turn]]) -> list[list[EncodedTurn]]:
         """Ids and weights of each turn of each sequence."""
-        runs = [[(_runs(turn.prompt), _runs(turn.answer)) for turn in turns] for turns in sequences]
+        runs = [[(self._runs(turn.prompt), self._runs(turn.answer)) for turn in turns] for turns in sequences]
         texts = dict.fromkeys(
-            run.text for turns in runs for sides in turns for side in sides for run in side if not self._is_mixed(run)
+            run.text for turns in runs for sides in turns for side in sides for run in side if not run.is_mixed
         )
         if self._is_whole:
-            texts |= dict.fromkeys(_whole_text(turns) for turns in runs if not self._has_mixed(turns))
+            texts |= dict.fromkeys(_whole_text(turns) for turns in runs if not _has_mixed(turns))
         ids_of = dict(zip(texts, self._encode_batch(self.backend, list(texts)), strict=True))
         return [self._sequence(turns, ids_of) for turns in runs]
 
@@ -87,14 +87,14 @@ class Encoder:
                 ids: list[int] = []
                 weights: list[float] = []
                 for run in side:
-                    new = self._mixed(run) if self._is_mixed(run) else ids_of[run.text]
+                    new = self._mixed(run) if run.is_mixed else ids_of[run.text]
                     ids += new
                     weights += [run.label_weight] * len(new)
                 sides += [ids, weights]
             encoded.append(
                 EncodedTurn(prompt_ids=sides[0], prompt_weights=sides[1], answer_ids=sides[2], answer_weights=sides[3])
             )
-        if self._is_whole and not self._has_mixed(turns):
+        if self._is_whole and not _has_mixed(turns):
             whole = ids_of[_whole_text(turns)]
             if whole != [token for turn in encoded for token in (*turn.prompt_ids, *turn.answer_ids)]:
                 return self._by_offsets(turns) or encoded
@@ -131,14 +131,23 @@ class Encoder:
             self.num_shifted += 1
         return encoded
 
-    def _is_mixed(self, run: _Run) -> bool:
-        """Whether row text in the run holds a special-token string."""
-        return self._special is not None and any(
-            segment.is_literal and self._special.search(segment.text) for segment in run.segments
-        )
+    def _runs(self, segments: Sequence[Segment]) -> list[_Run]:
+        runs: list[_Run] = []
+        group: list[Segment] = []
+        for segment in segments:
+            if group and _label_weight(segment) != _label_weight(group[0]):
+                runs.append(self._run(group))
+                group = []
+            group.append(segment)
+        return [*runs, self._run(group)] if group else runs
 
-    def _has_mixed(self, turns: Sequence[tuple[list[_Run], list[_Run]]]) -> bool:
-        return any(self._is_mixed(run) for sides in turns for side in sides for run in side)
+    def _run(self, segments: list[Segment]) -> _Run:
+        special = self._special
+        is_mixed = special is not None and any(
+            segment.is_literal and special.search(segment.text) is not None for segment in segments
+        )
+        text = "".join([segment.text for segment in segments])
+        return _Run(segments, _label_weight(segments[0]), text, is_mixed)
 
     def _mixed(self, run: _Run) -> list[int]:
         """Ids of a run with special tokens where the markup has them, and plain text everywhere else."""
@@ -277,12 +286,15 @@ def share_budget(num_prompt: int, num_answer: int, budget: int) -> tuple[int, in
 
 
 def _weights_or_none(weights: NDArray[np.float32]) -> NDArray[np.float32] | None:
-    return None if bool(np.isin(weights, (0.0, 1.0)).all()) else weights
+    return None if bool(((weights == 0) | (weights == 1)).all()) else weights
 
 
-def _runs(segments: Sequence[Segment]) -> list[_Run]:
-    groups = groupby(segments, key=lambda segment: segment.weight if segment.trainable else 0.0)
-    return [_Run(segments=tuple(group), label_weight=weight) for weight, group in groups]
+def _label_weight(segment: Segment) -> float:
+    return segment.weight if segment.trainable else 0.0
+
+
+def _has_mixed(turns: Sequence[tuple[list[_Run], list[_Run]]]) -> bool:
+    return any(run.is_mixed for sides in turns for side in sides for run in side)
 
 
 def _whole_text(turns: Sequence[tuple[list[_Run], list[_Run]]]) -> str:
