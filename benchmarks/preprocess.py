@@ -207,25 +207,26 @@ def compare(folder: Path, count: int, repeats: int) -> dict[str, Any]:
     return {"rows": count, "tokens": tokens, "sides": sides}
 
 
-def scale(folder: Path, sizes: Sequence[int]) -> list[dict[str, Any]]:
-    """Ours by the number of rows: CPU a row, memory, and the rate of the last tenth against the first."""
-    found: list[dict[str, Any]] = []
-    for count in sizes:
-        rows = folder / f"scale-{count}.jsonl"
-        write_rows(rows, count)
-        cold, warm = (run("ours", rows, folder / f"scale-{count}") for _ in range(2))
-        seconds = run("tenths", rows, folder)["tenths"]
-        found.append(
-            {
-                "rows": count,
-                "cpu_us_per_row": round(1e6 * cold["cpu_s"] / count, 1),
-                "added_mib_cold": round(cold["added_mib"], 1),
-                "added_mib_warm": round(warm["added_mib"], 1),
-                "warm_ms": round(1000 * warm["cpu_s"], 1),
-                "last_tenth_rate": round(seconds[0] / seconds[-1], 3),
-            }
-        )
-    return found
+def scale(folder: Path, count: int) -> dict[str, Any]:
+    """Ours at that number of rows: CPU a row, memory, and the rate of the last tenth against the first."""
+    rows = folder / f"scale-{count}.jsonl"
+    write_rows(rows, count)
+    cold, warm = (run("ours", rows, folder / f"scale-{count}") for _ in range(2))
+    seconds = run("tenths", rows, folder)["tenths"]
+    return {
+        "rows": count,
+        "cpu_us_per_row": round(1e6 * cold["cpu_s"] / count, 1),
+        "added_mib_cold": round(cold["added_mib"], 1),
+        "added_mib_warm": round(warm["added_mib"], 1),
+        "warm_ms": round(1000 * warm["cpu_s"], 1),
+        "last_tenth_rate": round(seconds[0] / seconds[-1], 3),
+    }
+
+
+def keep(path: Path, result: dict[str, Any]) -> None:
+    """Write what has been measured so far."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 def main() -> int:
@@ -245,34 +246,38 @@ def main() -> int:
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
             "versions": {name: metadata.version(name) for name in ("tokenizers", "transformers", "datasets", "numpy")},
             "config": {"template": "chatml", "cutoff_len": CUTOFF_LEN, "workers": 1, "repeats": words.repeats},
-            "compare": compare(Path(folder), words.rows, words.repeats),
-            "scale": scale(Path(folder), words.sizes),
         }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"preprocess-{result['date']}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    show(result)
-    print(f"written to {path.relative_to(ROOT)}")
+        path = RESULTS / f"preprocess-{result['date']}.json"
+        result["compare"] = compare(Path(folder), words.rows, words.repeats)
+        keep(path, result)
+        show_sides(result["compare"])
+        result["scale"] = []
+        for size in words.sizes:
+            result["scale"].append(scale(Path(folder), size))
+            keep(path, result)
+            show_size(result["scale"][-1], has_title=len(result["scale"]) == 1)
     return 0
 
 
-def show(result: dict[str, Any]) -> None:
-    """The tables."""
-    compared = result["compare"]
+def show_sides(compared: dict[str, Any]) -> None:
+    """Both sides as a table."""
     base = compared["sides"]["datasets.map"]["tokens_per_cpu_s"]
     print(f"{compared['rows']:,} rows, {compared['tokens']:,} tokens; the same ids and labels on all sides")
     print(f"{'':<20}{'CPU s':>9}{'tokens/CPU s':>15}{'ratio':>8}{'MiB added':>11}")
     for side, value in compared["sides"].items():
         rate = value["tokens_per_cpu_s"]
         print(f"{side:<20}{value['cpu_s']:>9.3f}{rate:>15,}{rate / base:>8.1f}{value['added_mib']:>11.0f}")
+
+
+def show_size(one: dict[str, Any], *, has_title: bool) -> None:
+    """A line of the table by sizes."""
+    if has_title:
+        names = ("ours, rows", "CPU us/row", "MiB cold", "MiB warm", "warm ms", "last/first tenth")
+        print("\n" + "".join(f"{name:>{width}}" for name, width in zip(names, (10, 12, 10, 10, 9, 18), strict=True)))
     print(
-        f"\n{'ours, rows':>10}{'CPU us/row':>12}{'MiB cold':>10}{'MiB warm':>10}{'warm ms':>9}{'last/first tenth':>18}"
+        f"{one['rows']:>10,}{one['cpu_us_per_row']:>12.1f}{one['added_mib_cold']:>10.1f}"
+        f"{one['added_mib_warm']:>10.1f}{one['warm_ms']:>9.1f}{one['last_tenth_rate']:>18.2f}"
     )
-    for one in result["scale"]:
-        print(
-            f"{one['rows']:>10,}{one['cpu_us_per_row']:>12.1f}{one['added_mib_cold']:>10.1f}"
-            f"{one['added_mib_warm']:>10.1f}{one['warm_ms']:>9.1f}{one['last_tenth_rate']:>18.2f}"
-        )
 
 
 if __name__ == "__main__":
