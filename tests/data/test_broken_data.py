@@ -8,15 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from llamafactory.data.data_report import LostRow
+from llamafactory.data.formats import find_format
 from llamafactory.data.pipeline import prepare_data
+from llamafactory.data.records import read_record
+from llamafactory.data.row_error import RowError
+from llamafactory.data.sources import SourceRow
 from llamafactory.data.template_choice import build_template
+from llamafactory.data.types import DatasetSpec
 from llamafactory.extras.errors import DataError
 from llamafactory.hparams.data import DataConfig
 
 GOOD = {"instruction": "Say hello.", "input": "", "output": "Hello."}
 SHAREGPT = {"formatting": "sharegpt"}
 OPENAI = {"formatting": "openai"}
+IMAGES = {"columns": {"prompt": "instruction", "response": "output", "images": "images"}}
 SECRET = "my private diary entry " * 20
 
 
@@ -253,6 +262,58 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"rows": alpaca(), "entry": {"cloud_file_name": "ftp://host/rows.json"}},
         ["cloud_file_name: not an address in the cloud", "found:    ftp://host/rows.json", "s3://BUCKET/FILE"],
     ),
+    "BOM, CRLF and a broken line": (
+        {"rows": b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b'\r\n{"a": \r\n', "file_name": "rows.jsonl"},
+        ["rows.jsonl:2: column 6: the line is not JSON", "the line may be cut off"],
+    ),
+    "jsonl row that is a list": (
+        {"rows": "[1]\n", "file_name": "rows.jsonl"},
+        ["rows.jsonl#1: row: the row is not an object", "found the number 1"],
+    ),
+    "text behind the list": (
+        {"rows": json.dumps([GOOD]) + "\nmore"},
+        ["rows.json:2: the file is not valid JSON", "Extra data (line 2, column 1)"],
+    ),
+    "csv with an open quote": (
+        {"rows": 'instruction,output\na,"b\n', "file_name": "rows.csv"},
+        ["rows.csv:1: the file is not valid CSV", "unexpected end of data"],
+    ),
+    "split that files do not have": (
+        {"rows": alpaca(), "entry": {"split": "validation"}},
+        ["dataset_info.json: rows: files have no such split", "found:    validation", "train[:100]"],
+    ),
+    "script": (
+        {"rows": alpaca(), "entry": {"script_url": "my_script"}},
+        ["'script_url' is not used: a loading script is foreign code", "give their file_name"],
+    ),
+    "num_samples of zero": (
+        {"rows": alpaca(), "entry": {"num_samples": 0}},
+        ["'num_samples' is too small", "found:    0", "a number from 1 up"],
+    ),
+    "missing image": (
+        {"rows": [{**alpaca(instruction="<image>Who?")[0], "images": ["gone.png"]}], "entry": IMAGES},
+        ["rows.json#1: images[0]: the file is missing", "gone.png", "set media_dir"],
+    ),
+    "placeholder without image": (
+        {"rows": [{**alpaca(instruction="<image>Who?")[0], "images": []}], "entry": IMAGES},
+        ["images: the placeholders <image> and the files do not match", "1 <image> in the texts, and 0 files"],
+    ),
+    "openai: content part of an unknown type": (
+        {"rows": openai({"role": "user", "content": [{"type": "file"}]}, REPLY), "entry": OPENAI},
+        ["messages[0].content[0]: an unknown content part", 'found the text "file"', "text, image"],
+    ),
+    "openai: calls that are no list": (
+        {"rows": openai(ASK, {"role": "assistant", "tool_calls": "f()"}), "entry": OPENAI},
+        ["messages[1].tool_calls: the tool calls are not a list", 'found the text "f()"'],
+    ),
+    "openai: tool result first": (
+        {"rows": openai({"role": "tool", "content": "x"}, REPLY), "entry": OPENAI},
+        ["messages[0].role: wrong order of roles", "tool at the start", "expected user"],
+    ),
+    "openai: answer without text and calls": (
+        {"rows": openai(ASK, {"role": "assistant", "content": None}), "entry": OPENAI},
+        ["messages[1].content: the answer is empty", "found an empty text"],
+    ),
     "val_size takes all rows": (
         {"rows": alpaca() * 3, "val_size": 3},
         ["val_size leaves no rows for training", "3 of 3 rows"],
@@ -297,3 +358,45 @@ def test_row_contents_are_never_shown_whole(
     written = (out / "bad_rows.jsonl").read_text()
     assert len(written.splitlines()) == 3
     assert SECRET.strip() not in written
+
+
+def test_there_are_sixty_cases() -> None:
+    assert len(CASES) >= 60
+    assert all(fragments for _, fragments in CASES.values())
+
+
+@settings(max_examples=60)
+@given(
+    row=st.dictionaries(
+        st.sampled_from(["messages", "tools", "images"]) | st.text(max_size=5),
+        st.recursive(
+            st.text('abcdefgh \0<>{}[]":,', min_size=200, max_size=400) | st.none() | st.integers(),
+            lambda inner: (
+                st.lists(inner, max_size=3)
+                | st.dictionaries(st.sampled_from(["role", "content", "from", "value", "type"]), inner, max_size=3)
+            ),
+            max_leaves=8,
+        ),
+        max_size=3,
+    ),
+    formatting=st.sampled_from(["alpaca", "sharegpt", "openai"]),
+)
+def test_no_message_shows_more_than_the_beginning_of_a_text(row: dict[str, Any], formatting: str) -> None:
+    row_format = find_format(formatting)
+    columns = {**row_format.DEFAULT_COLUMNS, "tools": "tools", "images": "images"}
+    spec = DatasetSpec(
+        name="x", source="file", location="x", formatting=formatting, columns=columns, tags=row_format.DEFAULT_TAGS
+    )
+    try:
+        read_record(SourceRow(origin="x:1", values=row), row_format, spec)
+    except RowError as error:
+        shown = LostRow.from_error("x", "x:1", error).render()
+        for text in texts_of(row):
+            assert not any(json.dumps(text[start : start + 30])[1:-1] in shown for start in range(len(text) - 30))
+
+
+def texts_of(value: object) -> list[str]:
+    if isinstance(value, str):
+        return [value] if len(value) > 60 else []
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return [text for one in inner for text in texts_of(one)]

@@ -57,7 +57,7 @@ def _has_object_lines(file: SourceFile) -> bool:
 
 def _read_line(line: str, origin: str) -> SourceRow:
     try:
-        return checked_row(_decoder.decode(line), origin)
+        return checked_row(_decoder.decode(line.rstrip()), origin)
     except json.JSONDecodeError as error:
         fault = RowError(
             "the line is not JSON",
