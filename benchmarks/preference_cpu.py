@@ -1,0 +1,259 @@
+"""Preference training on a CPU, this project beside others: CPU seconds a step and peak memory.
+
+`python benchmarks/preference_cpu.py [--shapes heavy,balanced] [--arms ...] [--pairs 4] [--steps 3] [--repeats 3]`
+
+DPO with LoRA (rank 8 on all linear layers) on SmolLM2-135M-Instruct against TRL's DPOTrainer (no gradient
+checkpointing, no dropout, one pair a pass, padding to the longest), and a reward model against a value head on a full
+causal model. Each arm runs in a process of its own; arms take turns; the first step is not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+SHAPES = {"heavy": (384, 96, 64), "balanced": (128, 128, 96), "light": (64, 256, 200), "smoke": (24, 8, 8)}
+"""Tokens of prompt, chosen and rejected answer."""
+ARMS = ("dpo-ours", "dpo-trl", "rm-ours", "rm-causal")
+WORDS = (" the", " cat", " dog")
+MODEL = "SmolLM2-135M-Instruct"
+
+
+def main() -> int:
+    """Runs the arms in turn and prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", default="heavy,balanced")
+    parser.add_argument("--arms", default=",".join(ARMS))
+    parser.add_argument("--pairs", type=int, default=4, help="pairs of an optimizer step")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--arm", help="run this arm alone, in this process")
+    options = parser.parse_args()
+    if options.arm:
+        print(json.dumps(run_arm(options.arm, options.shapes, options.pairs, options.steps, options.threads)))
+        return 0
+    for shape in options.shapes.split(","):
+        found: dict[str, list[dict[str, float]]] = {arm: [] for arm in options.arms.split(",")}
+        for _ in range(options.repeats):
+            for arm in found:
+                found[arm].append(run_child(arm, shape, options))
+        print(f"\n{shape}: prompt/chosen/rejected {SHAPES[shape]}, {options.pairs} pairs a step")
+        print(f"{'arm':<12}{'CPU s/step':>12}{'min':>8}{'wall s/step':>13}{'peak MiB':>10}{'loss':>9}")
+        for arm, values in found.items():
+            cpu = [value["cpu"] for value in values]
+            wall = statistics.median(value["wall"] for value in values)
+            peak = max(value["peak"] for value in values)
+            print(
+                f"{arm:<12}{statistics.median(cpu):>12.2f}{min(cpu):>8.2f}{wall:>13.2f}{peak:>10.0f}"
+                f"{values[0]['loss']:>9.4f}"
+            )
+    return 0
+
+
+def run_child(arm: str, shape: str, options: argparse.Namespace) -> dict[str, float]:
+    """Runs one arm in a process of its own."""
+    words = ["--arm", arm, "--shapes", shape, "--pairs", str(options.pairs), "--steps", str(options.steps)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, __file__, *words, "--threads", str(options.threads)],
+        capture_output=True, text=True, check=False, env=environment,
+    )  # fmt: skip
+    if done.returncode:
+        raise SystemExit(f"{arm} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def run_arm(arm: str, shape: str, pairs: int, steps: int, threads: int) -> dict[str, float]:
+    """Measures one arm: CPU and wall seconds of a step, peak MiB of the process, and the last loss."""
+    import torch
+
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    clock = Clock(steps)
+    loss = {"dpo-ours": dpo_ours, "dpo-trl": dpo_trl, "rm-ours": rm_ours, "rm-causal": rm_causal}[arm](
+        SHAPES[shape], pairs, steps, clock
+    )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"cpu": clock.cpu / steps, "wall": clock.wall / steps, "peak": peak, "loss": loss}
+
+
+class Clock:
+    """Seconds between the end of the first step and the end of the last one."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps, self._done = steps, 0
+        self.cpu = self.wall = 0.0
+
+    def tick(self) -> None:
+        """One step is done."""
+        if self._done == 0:
+            self._start = time.process_time(), time.monotonic()
+        self._done += 1
+        if self._done == self._steps + 1:
+            self.cpu, self.wall = time.process_time() - self._start[0], time.monotonic() - self._start[1]
+
+
+def texts(sizes: tuple[int, int, int]) -> tuple[str, str, str]:
+    """A prompt and two answers, one token a word."""
+    prompt, chosen, rejected = (word * size for word, size in zip(WORDS, sizes, strict=True))
+    return prompt, chosen, rejected
+
+
+def groups(sizes: tuple[int, int, int], pairs: int, tokenizer: Any) -> list[Any]:
+    """The same pairs as rows of this project, with the end token that TRL adds."""
+    import numpy as np
+
+    from llamafactory.data.answer_batch import AnswerGroup
+    from llamafactory.data.types import IGNORE_INDEX, Example
+
+    prompt, *answers = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts(sizes))
+    examples = []
+    for answer in answers:
+        own = [*answer, tokenizer.eos_token_id]
+        ids = np.array([*prompt, *own], dtype=np.int32)
+        labels = np.array([*[IGNORE_INDEX] * len(prompt), *own], dtype=np.int32)
+        examples.append(Example(input_ids=ids, labels=labels))
+    return [AnswerGroup(answers=tuple(examples))] * pairs
+
+
+def ours(stage: Any, options: Any, sizes: tuple[int, int, int], pairs: int, steps: int, clock: Clock) -> float:
+    """A stage of this project, one pair a pass as its plan on a CPU has it."""
+    from types import SimpleNamespace
+
+    from llamafactory.hparams.model import ModelConfig
+    from llamafactory.model.adapters import lora
+    from llamafactory.model.loader import load_model, load_tokenizer
+    from llamafactory.model.reference import Reference
+    from llamafactory.model.valuehead import add_value_head
+    from llamafactory.train.rows import ROWS
+    from llamafactory.train.stage import Models
+
+    config = ModelConfig(model_name_or_path=MODEL)
+    tokenizer = load_tokenizer(config)
+    base = load_model(config, dtype="float32", attention="segments")
+    policy = lora.apply(base, lora.Options(lora_rank=8), adapters=(), trainable=True).train()
+    if stage.has_value_head:
+        policy = add_value_head(policy)
+    plan: Any = SimpleNamespace(fused_head=True, loss_chunk_rows=256, fused_blocks=True)
+    models = Models(policy=policy, plan=plan, reference=Reference())
+    batches = [ROWS[stage.view].collate([row], "flat", 0) for row in groups(sizes, pairs, tokenizer)]
+
+    def step() -> float:
+        total = 0.0
+        for batch in batches:
+            loss = stage.loss(models, batch, options).loss_sum / pairs
+            loss.backward()
+            total += float(loss.detach())
+        return total
+
+    return loop(policy, step, steps, clock)
+
+
+def loop(policy: Any, step: Callable[[], float], steps: int, clock: Clock) -> float:
+    """Optimizer steps over the trainable parameters."""
+    import torch
+
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=5e-5, fused=True)
+    loss = 0.0
+    for _ in range(steps + 1):
+        loss = step()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        clock.tick()
+    return loss
+
+
+def dpo_ours(sizes: tuple[int, int, int], pairs: int, steps: int, clock: Clock) -> float:
+    """Prompt shared, reference by adapter-off, head on supervised rows."""
+    from llamafactory.train.stages import dpo
+
+    return ours(dpo.STAGE, dpo.Options(), sizes, pairs, steps, clock)
+
+
+def rm_ours(sizes: tuple[int, int, int], pairs: int, steps: int, clock: Clock) -> float:
+    """Prompt shared, no language-model head."""
+    from llamafactory.train.stages import rm
+
+    return ours(rm.STAGE, rm.Options(), sizes, pairs, steps, clock)
+
+
+def dpo_trl(sizes: tuple[int, int, int], pairs: int, steps: int, clock: Clock) -> float:
+    """TRL's trainer at its best settings for a CPU."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+
+    from llamafactory.model.embedded import resolve_model_path
+
+    path = resolve_model_path(MODEL)
+    prompt, chosen, rejected = texts(sizes)
+    count = pairs * (steps + 1)
+    rows = Dataset.from_dict({"prompt": [prompt] * count, "chosen": [chosen] * count, "rejected": [rejected] * count})
+
+    class Tick(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            clock.tick()
+
+    with tempfile.TemporaryDirectory() as folder:
+        settings = DPOConfig(
+            output_dir=folder, per_device_train_batch_size=1, gradient_accumulation_steps=pairs, max_steps=steps + 1,
+            learning_rate=5e-5, gradient_checkpointing=False, use_cpu=True, bf16=False, logging_steps=steps + 1,
+            save_strategy="no", report_to="none", max_length=None, disable_dropout=True, dataloader_pin_memory=False,
+            disable_tqdm=True,
+        )  # fmt: skip
+        trainer = DPOTrainer(
+            model=AutoModelForCausalLM.from_pretrained(path, dtype="float32"), args=settings, train_dataset=rows,
+            processing_class=AutoTokenizer.from_pretrained(path), callbacks=[Tick()],
+            peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+        )  # fmt: skip
+        return float(trainer.train().training_loss)
+
+
+def rm_causal(sizes: tuple[int, int, int], pairs: int, steps: int, clock: Clock) -> float:
+    """A padded pair through the whole causal model, its logits unused, and a value head on its last hidden states."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from torch.nn import functional as F
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from llamafactory.data.answer_batch import collate_answers
+    from llamafactory.model.embedded import resolve_model_path
+
+    path = resolve_model_path(MODEL)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype="float32")
+    policy = get_peft_model(
+        model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    ).train()
+    policy.add_module("value_head", torch.nn.Linear(model.config.hidden_size, 1))
+    rows = groups(sizes, pairs, AutoTokenizer.from_pretrained(path))
+    batches = [collate_answers([row], "padded", 0) for row in rows]
+
+    def step() -> float:
+        total = 0.0
+        for batch in batches:
+            output = policy(input_ids=batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True)
+            states = output.hidden_states[-1].flatten(0, 1).index_select(0, batch.last_rows)
+            chosen, rejected = policy.value_head(states).squeeze(-1)
+            loss = -F.logsigmoid(chosen - rejected) / pairs
+            loss.backward()
+            total += float(loss.detach())
+        return total
+
+    return loop(policy, step, steps, clock)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
