@@ -98,6 +98,11 @@ _RULES: tuple[_Rule, ...] = (
     (_no_training, _STEP_KEYS, "do_train is off"),
     (lambda c: c.train.optim in {"sgd", "adafactor"}, _OPTIM_KEYS, "only for the AdamW optimizers"),
     (lambda c: c.train.warmup_steps > 0, ("warmup_ratio",), "warmup_steps is set"),
+    (
+        lambda c: not c.train.enable_torch_profiler,
+        tuple(key for key in TrainConfig.model_fields if key.startswith("profiler_")),
+        "enable_torch_profiler is off",
+    ),
     (lambda c: c.train.max_steps > 0, ("num_train_epochs",), "max_steps is set"),
     (lambda c: c.train.save_strategy != "steps", ("save_steps",), "save_strategy is not steps"),
     (lambda c: c.train.save_strategy == "no", ("save_total_limit", "save_only_model"), "save_strategy is no"),

@@ -9,7 +9,13 @@ from pydantic import field_validator
 from llamafactory.hparams.section import Section, option
 
 _METHOD, _BATCH, _OPTIM, _SCHEDULE = "Method", "Batch and length", "Optimizer", "Learning-rate schedule"
-_PRECISION, _OUTPUT, _EVAL, _LOG = "Precision and device", "Output and checkpoints", "Evaluation", "Logging"
+_PRECISION, _OUTPUT, _EVAL, _LOG, _PROFILE = (
+    "Precision and device",
+    "Output and checkpoints",
+    "Evaluation",
+    "Logging",
+    "Profiler",
+)
 
 LrScheduler: TypeAlias = Literal[
     "linear",
@@ -144,6 +150,20 @@ class TrainConfig(Section):
         False, "Report the number of tokens seen (always recorded here).", group=_LOG
     )
     disable_tqdm: bool | None = option(None, "No progress bar; null shows one on a terminal.", group=_LOG)
+
+    enable_torch_profiler: bool = option(
+        False, "Record a few steps with torch's profiler, and say where the time went.", group=_PROFILE
+    )
+    profiler_output_dir: str | None = option(
+        None, "Folder of the traces; null is <output_dir>/profiler.", group=_PROFILE
+    )
+    profiler_wait_steps: int = option(1, "Steps before the profiler warms up.", group=_PROFILE, ge=0)
+    profiler_warmup_steps: int = option(1, "Steps that the profiler runs without recording.", group=_PROFILE, ge=0)
+    profiler_active_steps: int = option(1, "Steps that are recorded.", group=_PROFILE, ge=1)
+    profiler_repeat: int = option(1, "Times that this is repeated; 0 until the run ends.", group=_PROFILE, ge=0)
+    profiler_record_shapes: bool = option(True, "Record the shapes of operands.", group=_PROFILE)
+    profiler_profile_memory: bool = option(True, "Record memory.", group=_PROFILE)
+    profiler_with_stack: bool = option(True, "Record the Python stack of each operator.", group=_PROFILE)
 
     @property
     def max_skipped(self) -> int:

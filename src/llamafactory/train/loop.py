@@ -20,6 +20,7 @@ from llamafactory.train.guard import NotFiniteError, SpikeWatch, StepGuard, pois
 from llamafactory.train.interruption import agreed_signal
 from llamafactory.train.job import FitResult, Job
 from llamafactory.train.log import RunLog
+from llamafactory.train.profile import profiling
 from llamafactory.train.return_point import ReturnPoint
 from llamafactory.train.selection import is_patience_over, judge
 from llamafactory.train.signals import StopRequest, StopSignal
@@ -137,16 +138,18 @@ class _Run:
             self.evaluate()
         elif self.step and self._is_time_to_evaluate() and not self._was_evaluated():
             self.evaluate()  # a signal came before the evaluation that belongs to this checkpoint
-        while self.step < self.job.total_steps and not is_patience_over(self.best, cfg.early_stopping_steps):
-            if number := agreed_signal(self.job.accelerator, stop):
-                raise StopSignal(number)
-            self.train_step()
-            if self.is_due(cfg.logging_steps) or (self.step == 1 and cfg.logging_first_step):
-                self.log_training()
-            if self._is_time_to_evaluate():
-                self.evaluate()
-            if self._is_time_to_save():
-                self.save()
+        with profiling(cfg, self.job.output_dir, self.job.accelerator.process_index) as step_is_over:
+            while self.step < self.job.total_steps and not is_patience_over(self.best, cfg.early_stopping_steps):
+                if number := agreed_signal(self.job.accelerator, stop):
+                    raise StopSignal(number)
+                self.train_step()
+                step_is_over()
+                if self.is_due(cfg.logging_steps) or (self.step == 1 and cfg.logging_first_step):
+                    self.log_training()
+                if self._is_time_to_evaluate():
+                    self.evaluate()
+                if self._is_time_to_save():
+                    self.save()
         self.guard.settle()
 
     def train_step(self) -> None:
