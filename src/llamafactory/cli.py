@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "chat": ("llamafactory.commands.chat", "main", "talk to a model in the terminal"),
     "export": ("llamafactory.commands.export", "main", "merge an adapter into its model, and prove the result"),
     "check": ("llamafactory.commands.check", "main", "show what a configuration means, and everything wrong with it"),
+    "plan": ("llamafactory.commands.plan", "main", "forecast memory, disk and time of a run, from config.json alone"),
     "data": ("llamafactory.commands.data", "main", "look at rows as they will be trained, check them, count them"),
     "runs": ("llamafactory.commands.runs", "main", "list runs, show and verify their checkpoints, remove old ones"),
     "env": ("llamafactory.commands.env", "main", "show versions and hardware, for a bug report"),
@@ -30,7 +31,6 @@ LATER: dict[str, str] = {
     "webchat": f"{PROGRAM} chat",
     "webui": f"{PROGRAM} train CONFIG",
     "eval": "export the model, then evaluate its folder with lm-evaluation-harness",
-    "plan": f"{PROGRAM} check CONFIG",
 }
 """Commands that are known but not implemented in this version -> what to do instead."""
 

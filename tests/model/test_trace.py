@@ -81,6 +81,32 @@ def test_recomputed_blocks_keep_their_input_only(tiny_config, make_examples, met
     assert forecast == pytest.approx(measured, rel=0.05, abs=2 * trace.boundary)
 
 
+@pytest.mark.parametrize(("method", "options"), [METHODS[0], METHODS[3]])
+def test_fused_blocks_are_traced_too(tiny_config, make_examples, method, options):
+    from llamafactory.model.kernels.decoder import decode
+
+    config = tiny_config("llama", **WIDE)
+    model = real_model(config, method, options)
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, Any] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        assert decode(unwrap_peft(model), collate_flat(make_examples(LENGTHS, supervised=1.0))) is not None
+    skeleton = build_skeleton(
+        config, dtype="float32", attention="segments", finetuning_type=method, options=options_of(method, options)
+    )
+    trace = trace_activations(skeleton, rows=1, lengths=LENGTHS, is_flat=True, is_fused=True)
+    assert trace.peak(0) == pytest.approx(sum(storage.nbytes() for storage in kept.values()), rel=0.05)
+    plain = trace_activations(skeleton, rows=1, lengths=LENGTHS, is_flat=True)
+    assert trace.peak(0) < plain.peak(0)
+
+
 def test_a_padded_batch_of_an_unproven_family(tiny_config, make_examples):
     config = tiny_config("olmo2", **WIDE)
     batch = collate_padded(make_examples((40, 33, 38)), pad_id=0)

@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from llamafactory.commands.plan import OWN_WORDS as PLAN_WORDS
 from llamafactory.compose import all_sections
 from llamafactory.hparams.section import Section, allowed_text, default_of, group_of, iter_fields
 
@@ -15,6 +16,7 @@ _SECTIONS_OF = {
     "chat": ("model", "data", "generation", "finetuning_type: "),
     "export": ("model", "data", "export", "finetuning_type: "),
     "train": ("model", "data", "train", "stage: ", "finetuning_type: "),
+    "plan": ("model", "data", "train", "stage: ", "finetuning_type: "),
 }
 _OWN_WORDS = {
     "train": (
@@ -26,6 +28,7 @@ _OWN_WORDS = {
         ("--json", "print one JSON object"),
         ("--schema", "print the JSON Schema of all options, for an editor"),
     ),
+    "plan": PLAN_WORDS,
 }
 
 

@@ -21,13 +21,14 @@ from llamafactory.model.trace import ActivationTrace, trace_activations
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+    from llamafactory.extras.hardware import Hardware
     from llamafactory.hparams.run_config import RunConfig
     from llamafactory.model.precision import Precision
     from llamafactory.model.workload import MicroBatch, Workload
 
 GPU_PROCESS_BYTES = 800 * 2**20
 """Context, libraries and their work space on a GPU."""
-CPU_LIBRARY_BYTES = 180 * 2**20
+CPU_LIBRARY_BYTES = 120 * 2**20
 """What the first step adds to a process on a CPU: kernels, scratch memory of the matrix library, thread stacks."""
 UTILISATION = {"cpu": 0.5}
 OTHER_UTILISATION = 0.4
@@ -75,13 +76,16 @@ class Work:
 class CostModel:
     """Counts and traces of one model with one method; asks for different batches cost a trace each."""
 
-    def __init__(self, cfg: RunConfig, config: PreTrainedConfig, precision: Precision, attention: str) -> None:
+    def __init__(
+        self, cfg: RunConfig, config: PreTrainedConfig, precision: Precision, attention: str, *, is_fused: bool = False
+    ) -> None:
         """Builds the model on the meta device.
 
         Raises:
             Exception: whatever the model's own code raises there.
         """
         self._precision = precision
+        self._is_fused = is_fused
         self._skeleton = build_skeleton(
             config,
             dtype=precision.weights,
@@ -103,7 +107,14 @@ class CostModel:
         self.trace = cache(self._trace)
 
     def memory(
-        self, batch: MicroBatch, *, is_flat: bool, every: int, chunk_rows: int | None, process_bytes: int
+        self,
+        batch: MicroBatch,
+        *,
+        is_flat: bool,
+        every: int,
+        chunk_rows: int | None,
+        process_bytes: int,
+        snapshot_bytes: int,
     ) -> MemoryForecast:
         """The peak of a run whose largest micro-batch is `batch`."""
         lengths = batch.lengths if is_flat else (_padded(max(batch.lengths)),)
@@ -125,6 +136,7 @@ class CostModel:
             optimizer_bytes=self._optimizer,
             process_bytes=process_bytes,
             cast_copies=self._casts,
+            snapshot_bytes=snapshot_bytes,
         )
 
     def work(self, workload: Workload, *, every: int, num_devices: int, device: str, rate: float | None) -> Work:
@@ -141,6 +153,21 @@ class CostModel:
         total = None if seconds is None or workload.num_steps is None else seconds * workload.num_steps
         return Work(step_flops=flops, step_seconds=seconds, run_seconds=total, rate=rate, utilisation=share)
 
+    def snapshot(self, cfg: RunConfig, workload: Workload, hardware: Hardware) -> int:
+        """Bytes of the copy that a checkpoint is written from while training goes on, in the RAM of a CPU run.
+
+        On a GPU it lies in the RAM too, and so takes nothing of the device.
+        """
+        train = cfg.train
+        size = self.count.trained_bytes + (0 if train.save_only_model else self._optimizer)
+        is_async = train.async_save if train.async_save is not None else size < hardware.ram_available_bytes * 0.5
+        if hardware.device != "cpu" or train.save_strategy == "no" or not is_async:
+            return 0
+        if workload.num_steps is not None and train.save_strategy == "steps":
+            every = train.save_steps if train.save_steps >= 1 else train.save_steps * workload.num_steps
+            return size if every < workload.num_steps else 0  # after the last step nothing else is alive
+        return size
+
     def disk(self, cfg: RunConfig, workload: Workload, *, saves_adapter: bool) -> Disk:
         """Bytes that the run and its export leave behind."""
         train = cfg.train
@@ -155,7 +182,7 @@ class CostModel:
         )
 
     def _trace(self, rows: int, lengths: tuple[int, ...], is_flat: bool) -> ActivationTrace:
-        return trace_activations(self._computing, rows=rows, lengths=lengths, is_flat=is_flat)
+        return trace_activations(self._computing, rows=rows, lengths=lengths, is_flat=is_flat, is_fused=self._is_fused)
 
     @property
     def _computing(self) -> nn.Module:

@@ -66,6 +66,7 @@ class MemoryForecast:
         optimizer: its state.
         activations: what autograd keeps, at the peak.
         logits: of the chunk that is computed, and what the loss keeps.
+        checkpoint: the copy that is written to disk while training goes on.
         workspace: temporaries of the backward pass, cast copies, and what the allocator holds back.
     """
 
@@ -75,6 +76,7 @@ class MemoryForecast:
     optimizer: int
     activations: int
     logits: int
+    checkpoint: int
     workspace: int
 
     @property
@@ -106,6 +108,7 @@ def forecast_memory(
     optimizer_bytes: int,
     process_bytes: int,
     cast_copies: int = 0,
+    snapshot_bytes: int = 0,
 ) -> MemoryForecast:
     """Adds up the peak of an optimizer step.
 
@@ -118,6 +121,7 @@ def forecast_memory(
         optimizer_bytes: state of the optimizer.
         process_bytes: before the model is loaded.
         cast_copies: bytes of low-precision copies of trained weights that autocast keeps.
+        snapshot_bytes: copy of weights and optimizer that is written while training goes on.
     """
     logits = _logits_bytes(step, head)
     moments = _moments(count, trace, every, logits, keeps_gradients=step.num_micro_batches > 1)
@@ -129,6 +133,7 @@ def forecast_memory(
         optimizer=optimizer_bytes,
         activations=activations,
         logits=logits,
+        checkpoint=snapshot_bytes,
         workspace=_backward_bytes(trace) + cast_copies,
     )
 

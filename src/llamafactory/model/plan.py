@@ -148,6 +148,8 @@ def plan_training(
         raise _refusal("fp16", "true", "float16 training needs a GPU, and this run is on a CPU", "fp16: false")
     weight_dtype, autocast, reasons["weight_dtype"] = _training_dtype(cfg)
     layout, attention, reasons["layout"] = _layout(cfg, model_config.model_type, family, hardware)
+    is_plain = layout == "flat" and hardware.device == "cpu" and (weight_dtype, autocast) == ("float32", "no")
+    fused_blocks, reasons["fused_blocks"] = _fused_blocks(cfg, model_config.model_type, family, is_plain)
     workload = (workload_of or _assumed(num_devices))(cfg, layout == "padded")
     chunk_rows = LOSS_CHUNK_ROWS if family.head is not None else None
     if process_bytes is None:
@@ -158,7 +160,9 @@ def plan_training(
             model_config,
             Precision(weights=weight_dtype, autocast=autocast, pure_bf16=cfg.train.pure_bf16),
             attention,
+            is_fused=fused_blocks,
         )
+        snapshot = model.snapshot(cfg, workload, hardware)
 
         def memory(limit: int | None, every: int) -> MemoryForecast:
             return model.memory(
@@ -167,6 +171,7 @@ def plan_training(
                 every=every,
                 chunk_rows=chunk_rows,
                 process_bytes=process_bytes,
+                snapshot_bytes=snapshot,
             )
 
         room = room_of(hardware, process_bytes)
@@ -191,8 +196,6 @@ def plan_training(
         if family.head is not None
         else f"the head of model type {model_config.model_type!r} is not known"
     )
-    is_plain = layout == "flat" and hardware.device == "cpu" and (weight_dtype, autocast) == ("float32", "no")
-    fused_blocks, reasons["fused_blocks"] = _fused_blocks(cfg, model_config.model_type, family, is_plain)
     return ModelPlan(
         device=hardware.device,
         weight_dtype=weight_dtype,

@@ -82,20 +82,19 @@ def find_ways_out(cfg: RunConfig, hardware: Hardware, plan_again: Callable[[RunC
     found: list[WayOut] = []
     together: dict[str, Any] = {}
     for changes, price in _single_changes(cfg, hardware):
-        found += _try(cfg, changes, price, plan_again)
-        if sum(way.fits for way in found) == NUM_WAYS:
-            break
-        if any(key in together for key in changes):
+        alone = _try(cfg, changes, price, plan_again)
+        found += alone
+        if not any(way.fits for way in alone) and not any(key in together for key in changes):
             together |= changes
-            continue
-        together |= changes
-        if len(together) > len(changes):
-            found += _try(cfg, together, "together", plan_again)
+            if len(together) > len(changes):
+                joined = _try(cfg, together, "together", plan_again)
+                found += joined
+                if any(way.fits for way in joined):
+                    together = {}
+        if sum(way.fits for way in found) >= NUM_WAYS:
+            break
     fitting = [way for way in found if way.fits]
-    unique = {tuple(way.changes.items()): way for way in fitting}
-    if unique:
-        return list(unique.values())[:NUM_WAYS]
-    return sorted(found, key=lambda way: way.total)[:NUM_WAYS]
+    return fitting[:NUM_WAYS] or sorted(found, key=lambda way: way.total)[:NUM_WAYS]
 
 
 def changed(cfg: RunConfig, changes: Mapping[str, Any]) -> RunConfig:

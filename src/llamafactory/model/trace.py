@@ -18,6 +18,10 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from llamafactory.model.attention import no_mask
+from llamafactory.model.kernels.attention import Layout, attention
+from llamafactory.model.kernels.decoder import Block, read_blocks
+from llamafactory.model.kernels.mlp import mlp
+from llamafactory.model.kernels.rotary import Rotation
 from llamafactory.model.skeleton import decoder_blocks, transformer_of
 
 
@@ -60,7 +64,9 @@ def is_recomputed(index: int, every: int) -> bool:
     return bool(every) and index % every == every - 1
 
 
-def trace_activations(model: nn.Module, *, rows: int, lengths: Sequence[int], is_flat: bool) -> ActivationTrace:
+def trace_activations(
+    model: nn.Module, *, rows: int, lengths: Sequence[int], is_flat: bool, is_fused: bool = False
+) -> ActivationTrace:
     """Runs the transformer stack once and adds up what autograd keeps.
 
     Args:
@@ -68,6 +74,7 @@ def trace_activations(model: nn.Module, *, rows: int, lengths: Sequence[int], is
         rows: rows of a padded batch; 1 for a flat one.
         lengths: tokens of each segment of a flat batch, or the width of a padded one as the only entry.
         is_flat: rows lie end to end, and attention gets `segment_lengths`.
+        is_fused: blocks go through `model.kernels` where those apply.
 
     Raises:
         RuntimeError: the model's forward pass reads values, which the meta device does not have.
@@ -76,10 +83,33 @@ def trace_activations(model: nn.Module, *, rows: int, lengths: Sequence[int], is
     stack: Any = transformer_of(model)
     recorder = _Recorder(model)
     ids = torch.zeros(rows, time, dtype=torch.long, device="meta")
+    fused = read_blocks(_base_of(model)) if is_flat and is_fused else None
+    if fused is not None:
+        with recorder.saving(), _MetaAttention(), torch.device("meta"):
+            _run_fused(stack, ids, fused, lengths, recorder)
+        return recorder.result()
     options: dict[str, Any] = {"segment_lengths": tuple(lengths)} if is_flat else {}
     with _replaced_experts(model), recorder.watching(), _MetaAttention(), torch.device("meta"):
         stack(input_ids=ids, position_ids=ids, attention_mask=no_mask("meta"), use_cache=False, **options)
     return recorder.result()
+
+
+def _base_of(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _run_fused(stack: Any, ids: Tensor, blocks: Sequence[Block], lengths: Sequence[int], recorder: _Recorder) -> None:
+    """What `kernels.decoder.decode` does, with every row of the last block."""
+    embedded = stack.embed_tokens(ids)
+    rotation = Rotation.of(*stack.rotary_emb(embedded, position_ids=ids))
+    states = embedded[0]
+    for index, (layer, block) in enumerate(zip(stack.layers, blocks, strict=True)):
+        uses = getattr(layer.self_attn, "use_rope", True)
+        layout = Layout(lengths=tuple(lengths), rotation=rotation if uses else None, rows=None)
+        recorder.enter(index, states)
+        states = mlp(attention(states, block[0], layout), block[1])
+    recorder.leave()
+    stack.norm(states)
 
 
 class _Recorder:
@@ -101,26 +131,35 @@ class _Recorder:
             handles.append(block.register_forward_pre_hook(self._enter(index), with_kwargs=True))
             handles.append(block.register_forward_hook(self._leave))
         try:
-            with torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor):
+            with self.saving():
                 yield
         finally:
             for handle in handles:
                 handle.remove()
+
+    def saving(self) -> torch.autograd.graph.saved_tensors_hooks:
+        """Sees what autograd saves, without knowing of blocks."""
+        return torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor)
+
+    def enter(self, index: int, hidden: Tensor) -> None:
+        """A block starts, with this input."""
+        self._running, self._boundary = index, hidden.nbytes
+
+    def leave(self) -> None:
+        """The last block is done."""
+        self._running = None
 
     def result(self) -> ActivationTrace:
         return ActivationTrace(blocks=tuple(self._sizes), outside=self._outside, boundary=self._boundary)
 
     def _enter(self, index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._running = index
-            hidden = args[0] if args else kwargs.get("hidden_states")
-            if isinstance(hidden, Tensor):
-                self._boundary = hidden.nbytes
+            self.enter(index, args[0] if args else kwargs["hidden_states"])
 
         return hook
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._running = None
+        self.leave()
 
     def _keep(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()

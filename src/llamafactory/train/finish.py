@@ -18,6 +18,7 @@ from accelerate.state import AcceleratorState
 from llamafactory.extras import failpoints, log
 from llamafactory.extras.errors import SaveError
 from llamafactory.extras.files import fsync, write_json
+from llamafactory.train import memory_use
 from llamafactory.train.build import require_trainable, trainable_report
 from llamafactory.train.checkpoint.folders import checkpoint_name, list_checkpoints
 from llamafactory.train.checkpoint.manifest import MANIFEST, find_fault
@@ -138,7 +139,7 @@ def _forget_accelerator() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)  # pyright: ignore[reportPrivateUsage]
 
 
-def write_outcome(cfg: RunConfig, job: Job, record: RunRecord, result: FitResult | None) -> RunResult:
+def write_outcome(cfg: RunConfig, job: Job, record: RunRecord, result: FitResult | None, plan: ModelPlan) -> RunResult:
     """Writes everything that belongs into the output folder and says how the run ended.
 
     Args:
@@ -146,6 +147,7 @@ def write_outcome(cfg: RunConfig, job: Job, record: RunRecord, result: FitResult
         job: of the run.
         record: its `run.json`.
         result: of the loop, or None where nothing was trained.
+        plan: of the run; its forecast is compared with the real peak of memory.
     """
     if result is not None and result.stop_signal:
         return _interrupted(job, record, result)
@@ -162,15 +164,18 @@ def write_outcome(cfg: RunConfig, job: Job, record: RunRecord, result: FitResult
             raise
         return _interrupted(job, record, replace(result, stop_signal=stopped.number))
     metrics |= evaluation
+    memory = memory_use.compare(plan) if result else None
     with _saving(job):
         if job.accelerator.is_main_process:
-            _write_reports(cfg, job, record, result, metrics, evaluation)
+            _write_reports(cfg, job, record, result, metrics, evaluation, memory)
     job.accelerator.wait_for_everyone()
     done = f"done: {result.state.step} steps" if result else "done: evaluation"
     if result and result.stopped_early:
         done += f" of {job.total_steps}, stopped early: {result.stopped_early} evaluations in a row were no better"
     figures = ", ".join(f"{key} {value:.4f}" for key, value in metrics.items() if key.endswith("loss"))
-    summary = f"{done}, {figures}; in {job.output_dir}" + (f", weights of {best.name}" if best else "")
+    summary = f"{done}, {figures}{memory_use.compare_line(memory)}; in {job.output_dir}" + (
+        f", weights of {best.name}" if best else ""
+    )
     log.info(summary)
     if result and result.save_failure:
         raise SaveError(f"{result.save_failure}. Training is done, and the weights in {job.output_dir} are whole")
@@ -239,6 +244,7 @@ def _write_reports(
     result: FitResult | None,
     metrics: dict[str, float],
     evaluation: dict[str, float],
+    memory: dict[str, int] | None,
 ) -> None:
     folder = job.output_dir
     if evaluation:
@@ -262,7 +268,7 @@ def _write_reports(
     readings = read_run(state.log_history)
     for sentence in readings:
         log.note(sentence)
-    record.write("finished", metrics=metrics, steps=state.step, readings=readings)
+    record.write("finished", metrics=metrics, steps=state.step, readings=readings, memory=memory)
 
 
 def _interrupted(job: Job, record: RunRecord, result: FitResult) -> RunResult:

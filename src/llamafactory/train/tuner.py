@@ -51,9 +51,10 @@ def _run(cfg: RunConfig, claim: Claim, stop: StopRequest) -> RunResult:
     from llamafactory.extras.hardware import read_hardware
     from llamafactory.model.loader import load_model_config
     from llamafactory.model.remedies import require_fit
-    from llamafactory.train import build, finish
+    from llamafactory.train import build, finish, memory_use
     from llamafactory.train.interruption import interruptible
     from llamafactory.train.loop import fit
+    from llamafactory.train.rehearsal import needs_rehearsal, rehearse
     from llamafactory.train.report import package_versions
     from llamafactory.train.rerun import say_what_differs
     from llamafactory.train.stage import load_stage
@@ -91,7 +92,8 @@ def _run(cfg: RunConfig, claim: Claim, stop: StopRequest) -> RunResult:
     record = finish.RunRecord.start(
         cfg, claim, plan=plan, data=data, policy=policy, num_processes=accelerator.num_processes
     )
-    with record.closing(accelerator), watching(accelerator, partial(record.write_end, accelerator)):
+    watch = watching(accelerator, partial(record.write_end, accelerator))
+    with record.closing(accelerator), watch, memory_use.explained(plan):
         job = build.assemble_job(
             cfg,
             claim,
@@ -106,5 +108,7 @@ def _run(cfg: RunConfig, claim: Claim, stop: StopRequest) -> RunResult:
         with interruptible(job, stop):
             if cfg.train.do_train:
                 stop.defer()
+                if needs_rehearsal(plan):
+                    rehearse(job, plan)
             result = fit(job, stop) if cfg.train.do_train else None
-            return finish.write_outcome(cfg, job, record, result)
+            return finish.write_outcome(cfg, job, record, result, plan)
