@@ -7,7 +7,6 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from llamafactory.commands.plan import OWN_WORDS as PLAN_WORDS
 from llamafactory.compose import all_sections
 from llamafactory.hparams.section import Section, allowed_text, default_of, group_of, iter_fields
 
@@ -18,6 +17,11 @@ _SECTIONS_OF = {
     "train": ("model", "data", "train", "stage: ", "finetuning_type: "),
     "plan": ("model", "data", "train", "stage: ", "finetuning_type: "),
 }
+PLAN_WORDS = (
+    ("--device NAME", "plan for another device: h100-80g, a100-40g, rtx4090-24g, l4, t4, mi300x, cpu, cpu-64g, ..."),
+    ("--num-devices N", "devices that train together, each with a copy of the model"),
+    ("--json", "print one JSON object: bytes, seconds, FLOPs"),
+)
 _OWN_WORDS = {
     "train": (
         ("--rerun FILE", "run the run of this run.json again, into output_dir or <old folder>-rerun"),

@@ -12,17 +12,13 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from llamafactory.commands.option_help import PLAN_WORDS
 from llamafactory.extras.errors import ConfigError, LlamaFactoryError, Problem
 
 if TYPE_CHECKING:
     from llamafactory.extras.hardware import Hardware
     from llamafactory.hparams.run_config import RunConfig
 
-OWN_WORDS = (
-    ("--device NAME", "plan for another device: h100-80g, a100-40g, rtx4090-24g, l4, t4, mi300x, cpu, cpu-64g, ..."),
-    ("--num-devices N", "devices that train together, each with a copy of the model"),
-    ("--json", "print one JSON object: bytes, seconds, FLOPs"),
-)
 _QUICK_BYTES = 16 * 2**20
 """Files up to this size are read and tokenised for their lengths."""
 
@@ -76,7 +72,7 @@ def split_words(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     Raises:
         ConfigError: a word that wants a value has none.
     """
-    wants_value = {word.split()[0]: " " in word for word, _ in OWN_WORDS}
+    wants_value = {word.split()[0]: " " in word for word, _ in PLAN_WORDS}
     words: list[str] = []
     own: dict[str, str] = {}
     rest = iter(argv)
