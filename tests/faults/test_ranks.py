@@ -116,5 +116,5 @@ def test_two_ranks_continue_bit_equal(make_place):
     assert losses_of(place.folder / "killed") == losses_of(place.folder / "whole")
     weights = [(place.folder / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "killed")]
     assert weights[0] == weights[1]
-    states = load_file(place.folder / "whole" / "checkpoint-1" / "rng_state.safetensors")
+    states = load_file(place.folder / "whole" / "last" / "rng_state.safetensors")
     assert {name.split(".")[0] for name in states} == {"0", "1"}
