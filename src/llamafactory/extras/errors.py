@@ -1,6 +1,7 @@
 """The errors that are meant for the user; commands print them without a traceback.
 
     LlamaFactoryError        exit code 1
+    ├── SaveAndStopError     exit code 1, training cannot go on, but what it has so far is sound and is saved first
     ├── ConfigError          exit code 2, carries every problem of a configuration at once
     ├── DataError            exit code 3, says what is wrong, where, what was found, what was expected
     └── SaveError            exit code 74 (EX_IOERR), what a run made could not be saved
@@ -99,3 +100,7 @@ class SaveError(LlamaFactoryError):
     """What a run made could not be written; the message says what is safe all the same."""
 
     exit_code = 74
+
+
+class SaveAndStopError(LlamaFactoryError):
+    """Something outside of training failed. The training loop saves its state and then ends with this error."""

@@ -208,6 +208,38 @@ def check_sft_losses(config: RunConfig) -> Problem | None:
     return Problem(key=wanted[-1], message=f"cannot be combined with {wanted[0]}", fix="keep one of them")
 
 
+def check_rewards(config: RunConfig) -> Iterator[Problem]:
+    """A stage that samples answers needs something that scores them, and log-probabilities that can be computed."""
+    options = config.stage_options
+    if config.command != "train" or not hasattr(options, "reward_functions"):
+        return
+    if not getattr(options, "reward_functions", ()) and getattr(options, "reward_model", None) is None:
+        yield Problem(
+            key="reward_model" if config.train.stage == "ppo" else "reward_functions",
+            message=f"stage {config.train.stage} needs something that scores answers",
+            allowed="reward_functions, reward_model, or both",
+            fix="reward_functions: rewards.py:score, or a built-in check such as json",
+        )
+    if getattr(options, "reward_model", None) is not None and getattr(options, "reward_model_type", "") != "api":
+        yield Problem(
+            key="reward_model_type",
+            message="known, but not implemented in this version",
+            fix="reward_model_type: api, with the URL of a service that has the model; or reward_functions",
+        )
+    if config.generation.num_beams > 1:
+        yield Problem(key="num_beams", message="answers are sampled, not searched for", fix="num_beams: 1")
+    if config.generation.repetition_penalty != 1.0:
+        yield Problem(
+            key="repetition_penalty",
+            message="the tokens would not be those of the policy that is trained",
+            fix="repetition_penalty: 1.0",
+        )
+    if config.data.streaming:
+        yield Problem(key="streaming", message="prompts of rollouts are drawn from all rows", fix="streaming: false")
+    if not config.generation.do_sample:
+        yield Problem(key="do_sample", message="answers that are all the same teach nothing", fix="do_sample: true")
+
+
 def check_precision(config: RunConfig) -> Iterator[Problem]:
     """At most one precision."""
     train = config.train
@@ -320,6 +352,7 @@ CHECKS = (
     check_packing,
     check_label_smoothing,
     check_sft_losses,
+    check_rewards,
     check_precision,
     check_steps,
     check_schedule,

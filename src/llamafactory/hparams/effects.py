@@ -44,6 +44,15 @@ def _continues_adapter(config: RunConfig) -> bool:
     return bool(config.model.adapter_name_or_path) and not getattr(config.adapter_options, "create_new_adapter", False)
 
 
+def _samples(config: RunConfig) -> bool:
+    """Whether the stage trains on answers that the policy samples."""
+    return config.command == "train" and hasattr(config.stage_options, "reward_functions")
+
+
+def _samples_nothing(config: RunConfig) -> bool:
+    return config.command == "train" and not _samples(config)
+
+
 def _no_training(config: RunConfig) -> bool:
     return config.command == "train" and not config.train.do_train
 
@@ -89,7 +98,9 @@ _BEST_KEYS = ("metric_for_best_model", "greater_is_better")
 
 _RULES: tuple[_Rule, ...] = (
     (_is("train"), tuple(ExportConfig.model_fields), "only read by the command export"),
-    (_is("train"), (*GenerationConfig.model_fields, "infer_dtype", "use_kv_cache"), "only read by the command chat"),
+    (_is("train"), ("infer_dtype", "use_kv_cache"), "only read by the command chat"),
+    (_samples_nothing, tuple(GenerationConfig.model_fields), "only read by the command chat"),
+    (_samples, ("skip_special_tokens",), "rewards always see answers without special tokens"),
     (_is("chat"), tuple(ExportConfig.model_fields), "only read by the command export"),
     (_is("chat"), _TRAIN_KEYS, "only read by the command train"),
     (_is("export"), _TRAIN_KEYS, "only read by the command train"),
@@ -124,6 +135,10 @@ _RULES: tuple[_Rule, ...] = (
     (_lacks("use_asft_loss"), ("asft_alpha", "ref_model", "ref_model_adapters"), "use_asft_loss is off"),
     (_lacks("use_eaft_loss"), ("eaft_alpha",), "use_eaft_loss is off"),
     (_drops_nothing, ("lora_dropout",), "a policy that is compared with a reference runs without dropout"),
-    (lambda c: c.train.stage in {"rm", "dpo", "kto"}, ("packing",), "answers to a prompt are never packed"),
+    (
+        lambda c: c.train.stage in {"rm", "dpo", "kto", "grpo", "ppo"},
+        ("packing",),
+        "answers to a prompt are never packed",
+    ),
     (lambda c: c.generation.max_new_tokens > 0, ("max_length",), "max_new_tokens is set"),
 )

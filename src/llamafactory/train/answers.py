@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def policy_logps(models: Models, batch: AnswerBatch) -> Tensor:
     """Float32 `[targets]` log-probabilities of the supervised tokens, with gradient."""
-    return token_logprobs(models.policy, batch, models.plan)
+    return token_logprobs(models.policy, batch, models.plan, temperature=models.temperature)
 
 
 def reference_logps(models: Models, batch: AnswerBatch) -> Tensor:
@@ -27,7 +27,7 @@ def reference_logps(models: Models, batch: AnswerBatch) -> Tensor:
     if models.reference is None:
         raise ValueError("this stage was given no reference model")
     with models.reference.of(models.policy) as model:
-        return token_logprobs(model, batch, models.plan).detach()
+        return token_logprobs(model, batch, models.plan, temperature=models.temperature).detach()
 
 
 def answer_scores(model: ModelWithValueHead, batch: AnswerBatch) -> Tensor:

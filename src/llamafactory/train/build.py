@@ -36,6 +36,7 @@ from llamafactory.train.job import Job, Updates
 from llamafactory.train.model_files import ModelFiles
 from llamafactory.train.noise import EmbeddingNoise
 from llamafactory.train.optim import build_optimizer
+from llamafactory.train.rollout_parts import build_rollouts, parts_of
 from llamafactory.train.rows import ROWS
 from llamafactory.train.schedule import build_schedule
 from llamafactory.train.stage import Models, load_stage
@@ -213,6 +214,7 @@ def assemble_job(
     model_config: PreTrainedConfig,
     accelerator: Accelerator,
     facts: Mapping[str, Any],
+    template: Template,
 ) -> Job:
     """Puts together what the loop needs, and places it on the devices.
 
@@ -226,18 +228,23 @@ def assemble_job(
         model_config: for the FLOP count.
         accelerator: of the run.
         facts: what every checkpoint says of the run.
+        template: says what ends an answer.
     """
     train = cfg.train
     stage = load_stage(train.stage)
     reference = load_reference(cfg, plan, policy, device=accelerator.device)
     models = Models(policy=policy, plan=plan, reference=reference)
+    parts = parts_of(cfg, stage, models, template=template, tokenizer=tokenizer, accelerator=accelerator)
+    models = models if parts is None else parts.models
     alpha = train.neftune_noise_alpha if train.do_train else None
     noise = None if alpha is None else EmbeddingNoise(language_model(policy), alpha)
     module: Any = StageModule(stage, models, cfg.stage_options, noise=noise)
     pad_id = cast("int", tokenizer.pad_token_id)
-    feed = partial(build_feed, cfg, plan, view=stage.view, pad_id=pad_id, num_ranks=accelerator.num_processes)
+    feed: Any = partial(build_feed, cfg, plan, view=stage.view, pad_id=pad_id, num_ranks=accelerator.num_processes)
+    if parts is not None:
+        feed = partial(build_rollouts, parts, partial(build_schedule_of_rows, cfg))
     if data.stream is None:
-        training = feed(data.train, training=True, mix=data.mix)
+        training: Any = feed(data.train, training=True, mix=data.mix)
     else:
         quiet = partial(feed, training=True, is_quiet=True)
         training = build_stream_feed(cfg, data, data.stream, feed=quiet, num_ranks=accelerator.num_processes)
@@ -254,6 +261,8 @@ def assemble_job(
             if accelerator.scaler is not None and start.scaler:
                 accelerator.scaler.load_state_dict(dict(start.scaler))
             scheduler.load_state_dict({**scheduler.state_dict(), **start.scheduler})
+        if parts is not None:
+            files = parts.take_up(training, files, claim.output_dir, start=start, checkpoint=claim.resume_from)
         module, optimizer = accelerator.prepare(module, optimizer)
         updates = Updates(optimizer=optimizer, scheduler=scheduler)
     else:

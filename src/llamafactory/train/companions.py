@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def with_stage_parts(cfg: RunConfig, policy: nn.Module, *, resume_from: Path | None) -> nn.Module:
-    """The policy as its stage wants it: with a value head, or without dropout where a reference is compared with it.
+    """The policy as its stage wants it: with a value head, without dropout where its numbers are compared.
 
     Args:
         cfg: the resolved configuration.
@@ -31,7 +31,7 @@ def with_stage_parts(cfg: RunConfig, policy: nn.Module, *, resume_from: Path | N
         resume_from: checkpoint folder, or None.
     """
     stage = load_stage(cfg.train.stage)
-    if stage.needs_reference(cfg.stage_options):
+    if stage.needs_reference(cfg.stage_options) or stage.rollout is not None:
         for module in policy.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llamafactory.train.rollout import Rollouts
 from llamafactory.train.signals import StopRequest, StopSignal
 from llamafactory.train.step import summed
 
@@ -36,11 +37,14 @@ def interruptible(job: Job, stop: StopRequest) -> Iterator[None]:
             if num_batches % 16 == 0 and (number := agreed_signal(job.accelerator, stop)):
                 raise StopSignal(number)
 
-    handle = job.module.register_forward_pre_hook(look)
+    handles = [job.module.register_forward_pre_hook(look)]
+    if isinstance(job.feed, Rollouts) and job.accelerator.num_processes == 1:
+        handles.append(job.feed.sampler.register_forward_pre_hook(look))  # once for each token of its answers
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def agreed_signal(accelerator: Accelerator, stop: StopRequest) -> int:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from llamafactory.train.checkpoint.state import RunState
     from llamafactory.train.feed import Feed
     from llamafactory.train.model_files import ModelFiles
+    from llamafactory.train.rollout import Rollouts
     from llamafactory.train.stream_feed import StreamFeed
 
 
@@ -56,8 +57,8 @@ class Job:
     accelerator: Accelerator
     module: nn.Module
     updates: Updates | None
-    feed: Feed | StreamFeed
-    evaluation: Mapping[str, Feed]
+    feed: Feed | StreamFeed | Rollouts
+    evaluation: Mapping[str, Feed | Rollouts]
     total_steps: int
     start: RunState
     model_files: ModelFiles

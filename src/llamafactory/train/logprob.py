@@ -45,23 +45,46 @@ def supervised_nll(model: nn.Module, batch: Batch, plan: ModelPlan) -> Tensor:
     )
 
 
-def token_logprobs(model: nn.Module, batch: Batch, plan: ModelPlan) -> Tensor:
+def token_logprobs(model: nn.Module, batch: Batch, plan: ModelPlan, *, temperature: float = 1.0) -> Tensor:
     """Log-probability of each supervised token, with a gradient; `batch.target_weights` is not applied.
 
     Args:
         model: a causal language model, bare or wrapped by peft.
         batch: flat or padded, on the model's device.
         plan: says whether the fused head may be used and its chunk size.
+        temperature: divides the logits, as in sampling.
 
     Returns:
         Float32 `[targets]` in nats, in the order of `batch.target_ids`.
     """
     base = unwrap_peft(model)
-    head = _chunkable_head(base, plan)
+    if _chunkable_head(base, plan, temperature) is not None:
+        rows = target_states(base, batch, plan)
+        if (found := state_logprobs(base, rows, batch, plan, temperature=temperature)) is not None:
+            return found
+    logits = target_logits(base, batch, plan).float() / temperature
+    return -F.cross_entropy(logits, batch.target_ids, reduction="none")
+
+
+def state_logprobs(
+    base: PreTrainedModel, rows: Tensor, batch: Batch, plan: ModelPlan, *, temperature: float = 1.0
+) -> Tensor | None:
+    """As `token_logprobs`, from hidden states that are there already.
+
+    Args:
+        base: a causal language model without its peft wrapper.
+        rows: `target_states` of the batch.
+        batch: as in `token_logprobs`.
+        plan: as in `token_logprobs`.
+        temperature: divides the logits.
+
+    Returns:
+        Float32 `[targets]`, or None where only the model's own forward knows how logits are made.
+    """
+    head = _chunkable_head(base, plan, temperature)
     if head is None:
-        logits = target_logits(base, batch, plan).float()
-        return -F.cross_entropy(logits, batch.target_ids, reduction="none")
-    rows = _scaled(target_states(base, batch, plan), head.factor(base.config))
+        return None
+    rows = _scaled(rows, head.factor(base.config) / temperature)
     weight = _head_module(base).weight
     return ChunkedLogProbs.apply(rows, weight, batch.target_ids, plan.loss_chunk_rows, head.cap(base.config))
 
@@ -87,12 +110,16 @@ def unwrap_peft(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator,return-value]
 
 
-def _chunkable_head(base: PreTrainedModel, plan: ModelPlan) -> Head | None:
-    """How the head makes logits, or None where only its own forward knows (a bias, an adapter around it)."""
+def _chunkable_head(base: PreTrainedModel, plan: ModelPlan, temperature: float = 1.0) -> Head | None:
+    """How the head makes logits, or None where only its own forward knows (a bias, an adapter around it).
+
+    A temperature acts on logits that are capped already, so that capped heads are left to their own forward then.
+    """
     module = _head_module(base)
     if not plan.fused_head or type(module) is not nn.Linear or "bias" in module.state_dict():
         return None
-    return family_of(base.config.model_type).head
+    head = family_of(base.config.model_type).head
+    return None if head is None or (temperature != 1.0 and head.cap(base.config) is not None) else head
 
 
 def _head_module(base: PreTrainedModel) -> Any:

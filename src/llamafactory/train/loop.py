@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from llamafactory.extras import failpoints, log
-from llamafactory.extras.errors import LlamaFactoryError
+from llamafactory.extras.errors import LlamaFactoryError, SaveAndStopError
 from llamafactory.train import step as steps
 from llamafactory.train.checkpoint import random_state
 from llamafactory.train.checkpoint.saver import Retention, SavePlan, Saver
@@ -44,6 +44,12 @@ def fit(job: Job, stop: StopRequest) -> FitResult:
         except StopSignal as signal:
             run.stop_signal = signal.number
             run.give_up_window()
+        except SaveAndStopError:
+            run.give_up_window()
+            if job.accelerator.num_processes == 1:  # other processes do not know of it
+                run.save()
+                run.saver.wait()
+            raise
         except NotFiniteError as error:
             run.return_to(error.step)
             raise run.explain(error) from error

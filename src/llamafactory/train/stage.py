@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from llamafactory.data.types import ViewName
     from llamafactory.model.plan import ModelPlan
     from llamafactory.model.reference import Reference
+    from llamafactory.train.rollout_rules import RolloutRules
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,11 +24,13 @@ class Models:
         policy: the model that is trained.
         plan: how it is run.
         reference: the frozen model that the policy is compared with, or None.
+        temperature: that answers are sampled at, and that log-probabilities of sampled tokens are taken at.
     """
 
     policy: nn.Module
     plan: ModelPlan
     reference: Reference | None = None
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +70,8 @@ class Stage:
         has_value_head: the policy gets a head that gives one number a token.
         summarise: `averages -> averages`, what follows from an evaluation's averages, for example perplexity; names
             come without their prefix.
+        rollout: `options -> RolloutRules` of a stage that trains on answers which the policy samples; None where the
+            data holds the answers.
     """
 
     name: str
@@ -77,6 +82,7 @@ class Stage:
     needs_reference: Callable[[Any], bool] = _never
     has_value_head: bool = False
     summarise: Callable[[Mapping[str, float]], Mapping[str, float]] | None = None
+    rollout: Callable[[Any], RolloutRules] | None = None
 
 
 def load_stage(name: str) -> Stage:

@@ -104,6 +104,7 @@ def _run(cfg: RunConfig, claim: Claim, stop: StopRequest) -> RunResult:
             model_config=model_config,
             accelerator=accelerator,
             facts=record.facts(),
+            template=template,
         )
         with interruptible(job, stop):
             if cfg.train.do_train:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory.extras import log
-from llamafactory.extras.errors import ConfigError, LlamaFactoryError, Problem
+from llamafactory.extras.errors import ConfigError, Problem, SaveAndStopError
 from llamafactory.extras.suggest import did_you_mean
 from llamafactory.train.rewards.answer import Answer, Reward, Score
 from llamafactory.train.rewards.checks import check_names, find_check
@@ -160,5 +160,5 @@ def _checked(reward: Reward, found: Any, answers: Sequence[Answer]) -> list[floa
     return numbers
 
 
-class RewardUnavailableError(LlamaFactoryError):
-    """Answers cannot be scored. The run stops; what it has trained so far is sound and is saved first."""
+class RewardUnavailableError(SaveAndStopError):
+    """Answers cannot be scored."""

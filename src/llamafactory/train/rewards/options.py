@@ -30,14 +30,9 @@ class RewardOptions(Section):
         None, "A function like those of reward_functions that is only logged, to see whether rewards are gamed.",
         group=GROUP,
     )  # fmt: skip
-    reward_model: str | None = option(
-        None, "Reward model: a folder, an adapter on the same base, or the URL of a service.", group=GROUP
-    )
+    reward_model: str | None = option(None, "Reward model: the URL of a service.", group=GROUP)
     reward_model_type: Literal["lora", "full", "api"] = option(
-        "lora", "lora: an adapter on the base that is trained; full: a model of its own; api: a service.", group=GROUP
-    )
-    reward_model_adapters: tuple[str, ...] = option(
-        (), "Adapters that are merged into a reward model of type full.", group=GROUP
+        "lora", "Where it runs; only api, a service, is implemented.", group=GROUP
     )
     reward_timeout: float = option(30.0, "Seconds to wait for the service of type api.", group=GROUP, gt=0)
     reward_retries: int = option(3, "Further tries when the service of type api fails.", group=GROUP, ge=0)
