@@ -6,6 +6,7 @@ disk. A gap over the limit is an error, and the folder is left under a name that
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import os
@@ -27,6 +28,8 @@ from llamafactory.extras.hardware import read_hardware
 from llamafactory.extras.network import go_offline
 from llamafactory.model.loader import adapter_folders, load_model, load_tokenizer
 from llamafactory.model.method import apply_method
+from llamafactory.model.valuehead import FILE as VALUE_HEAD_FILE
+from llamafactory.model.valuehead import add_value_head, as_classifier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -97,6 +100,9 @@ def export_and_verify(cfg: RunConfig) -> ExportProof:
     tokenizer = load_tokenizer(cfg.model, eos_token=end_token(cfg.data.template))
     prompts = _held_prompts(tokenizer)
     model, before, base = _merged(cfg, prompts)
+    head = _value_head_folder(cfg.model)
+    if head is not None:
+        model, tokenizer, before, base = _classifier(model, head, tokenizer, prompts)
     dtype = _export_dtype(cfg.model, model)
     staging = target.with_name(f".{target.name}.staging-{os.getpid()}")
     shutil.rmtree(staging, ignore_errors=True)
@@ -106,7 +112,9 @@ def export_and_verify(cfg: RunConfig) -> ExportProof:
     _complete_folder(staging, model, tokenizer, cfg.data)
     del model
     limit = cfg.export.export_max_logit_gap
-    proof = _prove(cfg.model, staging, prompts, before, base, MAX_GAP[dtype] if limit is None else limit)
+    kind = "AutoModelForCausalLM" if head is None else "AutoModelForSequenceClassification"
+    limit = MAX_GAP[dtype] if limit is None else limit
+    proof = _prove(cfg.model, staging, prompts, before, base, limit, kind=kind)
     write_json(
         staging / "export_proof.json",
         {**{name: getattr(proof, name) for name in ExportProof.__slots__}, "dtype": dtype, "passed": proof.passed,
@@ -175,6 +183,30 @@ def _merged(
     return merged, before, base
 
 
+def _value_head_folder(cfg: ModelConfig) -> Path | None:
+    """Where the value head of a reward model lies, or None for a model without one."""
+    folders = adapter_folders(cfg)
+    source = folders[-1] if folders else Path(cfg.model_name_or_path or "")
+    return source if (source / VALUE_HEAD_FILE).is_file() else None
+
+
+def _classifier(
+    model: Any, head: Path, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[Sequence[int]]
+) -> tuple[Any, PreTrainedTokenizerFast, list[torch.Tensor], None]:
+    """A reward model as a standard classifier, its tokenizer, and the scores of the prompts before the change."""
+    scored = add_value_head(model, source=head, trainable=False).eval()
+    before = []
+    with torch.inference_mode():
+        for prompt in prompts:
+            ids = torch.tensor([list(prompt)], device=model.device)
+            before.append(scored.v_head(model.base_model(input_ids=ids).last_hidden_state[0, -1:]).float().cpu())
+    made, pad = as_classifier(model, scored.v_head, tokenizer)
+    ours = copy.deepcopy(tokenizer)
+    ours.pad_token = pad
+    log.info(f"a reward model: written as {type(made).__name__} with one label; padding token {pad}")
+    return made.to(model.device), ours, before, None
+
+
 def _export_dtype(cfg: ModelConfig, model: Any) -> str:
     """What was asked for, else the dtype that the base model was published in."""
     if cfg.infer_dtype != "auto":
@@ -198,7 +230,8 @@ def _complete_folder(folder: Path, model: Any, tokenizer: PreTrainedTokenizerFas
         (folder / CHAT_TEMPLATE_NAME).write_text(chat_template, encoding="utf-8")
     elif not tokenizer.chat_template:
         log.warn("the tokenizer has no chat template, so a server must be told which one this model was trained with")
-    if (modelfile := modelfile_to_save(data, tokenizer)) is not None:
+    modelfile = modelfile_to_save(data, tokenizer) if hasattr(model, "lm_head") else None
+    if modelfile is not None:
         (folder / MODELFILE_NAME).write_text(modelfile, encoding="utf-8")
     if (settings := getattr(model, "generation_config", None)) is not None:
         ends = [] if settings.eos_token_id is None else settings.eos_token_id
@@ -215,16 +248,21 @@ def _prove(
     before: Sequence[torch.Tensor],
     base: Sequence[torch.Tensor] | None,
     limit: float,
+    *,
+    kind: str,
 ) -> ExportProof:
-    """Compares the folder, loaded anew and computed in fp32, so that the gap is that of its weights alone."""
-    from transformers import AutoModelForCausalLM
+    """Compares the folder, loaded anew and computed in fp32, so that the gap is that of its weights alone.
+
+    `kind` is the class of transformers that loads it.
+    """
+    import transformers
 
     remote = cfg.trust_remote_code
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=remote).eval()
+    model = getattr(transformers, kind).from_pretrained(folder, dtype=torch.float32, trust_remote_code=remote).eval()
     after = logits_of(model, prompts)
     gaps = [(a - b).abs() for a, b in zip(after, before, strict=True)]
     count = sum(gap.numel() for gap in gaps)
-    positions = sum(len(prompt) for prompt in prompts)
+    positions = sum(len(logits) for logits in before)
     agreed = sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in zip(after, before, strict=True))
     largest = max(float(gap.max()) for gap in gaps)
     return ExportProof(

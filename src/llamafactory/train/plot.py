@@ -8,18 +8,22 @@ from typing import Any
 
 
 def plot_curves(output_dir: Path, history: Sequence[Mapping[str, Any]]) -> list[Path]:
-    """Draws `training_<key>.png` for the loss and each evaluation loss that the log holds.
+    """Draws `training_<key>.png` for losses, accuracies and rewards that the log holds.
 
     Returns:
         The files written; a curve of fewer than two points is not drawn.
     """
-    keys = dict.fromkeys(key for row in history for key in row if key == "loss" or key.endswith("_loss"))
+    keys = dict.fromkeys(key for row in history for key in row if _is_drawn(key))
     written = []
     for key in keys:
         points = [(row["current_steps"], row[key]) for row in history if key in row]
         if len(points) > 1:
             written.append(_draw(output_dir / f"training_{key.replace('/', '_')}.png", key, points))
     return written
+
+
+def _is_drawn(key: str) -> bool:
+    return key == "loss" or key.endswith(("_loss", "accuracy")) or key.startswith("rewards/")
 
 
 def smooth(values: Sequence[float]) -> list[float]:
@@ -40,7 +44,7 @@ def _draw(path: Path, key: str, points: Sequence[tuple[int, float]]) -> Path:
     axes.plot(steps, values, color="#9db7d5", linewidth=1.2, label="logged")
     axes.plot(steps, smooth(values), color="#1f4e8c", linewidth=2, label="smoothed")
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel(f"{key} (nats per supervised token)")
+    axes.set_ylabel(key)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     figure.savefig(path)
