@@ -2,7 +2,7 @@
 
 `python benchmarks/checkpoint_stall.py [--steps N] [--only PART] [--out FILE]` trains the bundled model on the shipped
 rows with `save_steps: 1`, LoRA and full, and prints for each: seconds of a step, seconds that training waited in a
-save (from the run's own log), their ratio, and the size of a checkpoint. Then it starts a run anew and continues another
+save (from the log), their ratio, and the size of a checkpoint. Then it starts a run anew and continues another
 one, each in a process of its own, and compares the time and the CPU seconds until the next step is logged.
 """
 
