@@ -68,8 +68,8 @@ def load_inputs(words: list[str]) -> Inputs:
     config = load_config(words, command="data")
     from llamafactory.data.registry import find_specs
     from llamafactory.data.sources.access import access_of
-    from llamafactory.train.build import data_seed, load_text
     from llamafactory.train.stage import load_stage
+    from llamafactory.train.text import data_seed, load_text
 
     uses = (("train", config.data.dataset), ("eval", config.data.eval_dataset))
     access = access_of(config.data, config.model)

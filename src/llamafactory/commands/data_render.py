@@ -104,7 +104,7 @@ def _template_finder(name: str, tokenizer_path: str | None) -> Callable[[bool | 
 
     config = load_config({"model_name_or_path": tokenizer_path, "template": name}, command="chat")
     from llamafactory.data.template_choice import build_template
-    from llamafactory.train.build import load_text
+    from llamafactory.train.text import load_text
 
     tokenizer, _ = load_text(config)
     if record is None:

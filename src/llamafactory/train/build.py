@@ -16,7 +16,6 @@ import torch
 
 from llamafactory.data.mix import Mix, mix_rows
 from llamafactory.data.saved_template import chat_template_to_save
-from llamafactory.data.template_choice import end_token, template_of
 from llamafactory.data.views import find_view
 from llamafactory.extras import log
 from llamafactory.extras.errors import ConfigError, Problem
@@ -24,7 +23,7 @@ from llamafactory.extras.hardware import measure_gemm_peak
 from llamafactory.model.checkpointing import recompute_blocks
 from llamafactory.model.costs import process_bytes_of
 from llamafactory.model.flops import step_flops
-from llamafactory.model.loader import adapter_folders, load_model, load_tokenizer
+from llamafactory.model.loader import adapter_folders, load_model
 from llamafactory.model.method import apply_method, load_method
 from llamafactory.model.plan import plan_training
 from llamafactory.train.checkpoint.room import may_save_async
@@ -42,6 +41,7 @@ from llamafactory.train.schedule import build_schedule
 from llamafactory.train.stage import Models, load_stage
 from llamafactory.train.step import StageModule
 from llamafactory.train.stream_feed import build_stream_feed
+from llamafactory.train.text import data_seed
 from llamafactory.train.windows import Schedule, group_items, packed_items, single_items
 from llamafactory.train.workload import RowSizes, workload_of_rows
 
@@ -63,12 +63,6 @@ if TYPE_CHECKING:
     from llamafactory.model.plan import ModelPlan
     from llamafactory.model.workload import Workload
     from llamafactory.train.output_dir import Claim
-
-
-def load_text(cfg: RunConfig) -> tuple[PreTrainedTokenizerFast, Template]:
-    """Loads the tokenizer, with the end token that the template asks for, and the template."""
-    tokenizer = load_tokenizer(cfg.model, eos_token=end_token(cfg.data.template))
-    return tokenizer, template_of(cfg.data, tokenizer)
 
 
 def planner(
@@ -276,11 +270,6 @@ def assemble_job(
         measure_peak=lambda: _peak_flops(plan) * accelerator.num_processes,
         is_async=may_save_async(train, policy, plan.device), facts=facts,
     )  # fmt: skip
-
-
-def data_seed(cfg: RunConfig) -> int:
-    """Seed of everything that concerns rows."""
-    return cfg.train.seed if cfg.train.data_seed is None else cfg.train.data_seed
 
 
 def say_lines(lines: Sequence[str]) -> None:

@@ -51,7 +51,7 @@ def _run(cfg: RunConfig, claim: Claim, stop: StopRequest) -> RunResult:
     from llamafactory.extras.hardware import read_hardware
     from llamafactory.model.loader import load_model_config
     from llamafactory.model.remedies import require_fit
-    from llamafactory.train import build, finish, memory_use
+    from llamafactory.train import build, finish, memory_use, text
     from llamafactory.train.interruption import interruptible
     from llamafactory.train.loop import fit
     from llamafactory.train.rehearsal import needs_rehearsal, rehearse
@@ -60,7 +60,7 @@ def _run(cfg: RunConfig, claim: Claim, stop: StopRequest) -> RunResult:
     from llamafactory.train.stage import load_stage
     from llamafactory.train.watchdog import watching
 
-    tokenizer, template = build.load_text(cfg)
+    tokenizer, template = text.load_text(cfg)
     prepare = partial(prepare_data, for_training=cfg.train.do_train)
     if cfg.data.streaming and cfg.train.do_train:
         prepare = partial(prepare_stream, shuffle=not cfg.train.disable_shuffling)
@@ -69,7 +69,7 @@ def _run(cfg: RunConfig, claim: Claim, stop: StopRequest) -> RunResult:
         template,
         tokenizer,
         view=load_stage(cfg.train.stage).view,
-        seed=build.data_seed(cfg),
+        seed=text.data_seed(cfg),
         access=access_of(cfg.data, cfg.model),
         output_dir=claim.output_dir if log.is_main_process() else None,
         cache_dir=Path(cfg.model.cache_dir) if cfg.model.cache_dir else None,
