@@ -39,6 +39,7 @@ class RunLock:
         self._path = output_dir / LOCK_FILE
         self._descriptor: int | None = None
         self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
 
     def __enter__(self) -> RunLock:
         """Takes the lock."""
@@ -74,7 +75,8 @@ class RunLock:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, (json.dumps(_this_process()) + "\n").encode(), 0)
         self._descriptor = descriptor
-        threading.Thread(target=self._touch, args=(descriptor,), name="run.lock", daemon=True).start()
+        self._thread = threading.Thread(target=self._touch, args=(descriptor,), name="run.lock", daemon=True)
+        self._thread.start()
         return self
 
     def release(self) -> None:
@@ -83,6 +85,8 @@ class RunLock:
         if descriptor is None:
             return
         self._stop.set()
+        if self._thread is not None:
+            self._thread.join(1.0)  # before the descriptor may name another file
         try:
             os.ftruncate(descriptor, 0)
             self._path.unlink(missing_ok=True)
