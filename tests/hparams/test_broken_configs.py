@@ -55,7 +55,12 @@ BROKEN_YAML: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "liger under its other name": (GOOD + "use_liger_kernel: true\n", ("enable_liger_kernel", "not implemented")),
     "deepspeed": (GOOD + "deepspeed: ds_z3.json\n", ("deepspeed", "not implemented", "NPROC_PER_NODE")),
-    "stage of a later version": (GOOD + "stage: ppo\n", ("stage (c.yaml:5)", "not implemented", "allowed: ", "sft")),
+    "method of a later version": (GOOD + "finetuning_type: oft\n", ("finetuning_type (c.yaml:5)", "not implemented")),
+    "ppo without a reward": (GOOD + "stage: ppo\n", ("reward_model: stage ppo needs something that scores answers",)),
+    "reward model in this process": (
+        GOOD + "stage: ppo\nreward_model: saves/rm\n",
+        ("reward_model_type", "not implemented", "reward_model_type: api"),
+    ),
     "unknown stage": (GOOD + "stage: stf\n", ("stage (c.yaml:5): unknown stage", "did you mean 'sft'?")),
     "stage is a path": (GOOD + "stage: ../../x\n", ("unknown stage",)),
     "unknown method": (GOOD + "finetuning_type: lorra\n", ("unknown fine-tuning method", "did you mean 'lora'?")),

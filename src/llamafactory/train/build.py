@@ -226,7 +226,7 @@ def assemble_job(
     """
     train = cfg.train
     stage = load_stage(train.stage)
-    reference = load_reference(cfg, plan, policy, device=accelerator.device)
+    reference = load_reference(cfg, plan, language_model(policy), device=accelerator.device)
     models = Models(policy=policy, plan=plan, reference=reference)
     parts = parts_of(cfg, stage, models, template=template, tokenizer=tokenizer, accelerator=accelerator)
     models = models if parts is None else parts.models
