@@ -1,0 +1,115 @@
+"""Batched answers against one `generate` call after the other, and grpo's training phase with and without sharing.
+
+`python benchmarks/rollout_cpu.py [--prompts 8 --group 4 --tokens 24 --prompt-tokens 256 --answer-tokens 32]`.
+CPU time of this process, both sides in one run, interleaved, best of `--repeats`. Prints JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def cpu_seconds(sides: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """The least CPU time of each side, measured in turns."""
+    best = dict.fromkeys(sides, float("inf"))
+    for _ in range(repeats):
+        for name, side in sides.items():
+            started = time.process_time()
+            side()
+            best[name] = min(best[name], time.process_time() - started)
+    return best
+
+
+def sampling(model: Any, tokenizer: Any, options: argparse.Namespace) -> dict[str, float]:
+    """Answers of the same length to the same prompts."""
+    from llamafactory.model.generation import complete
+    from llamafactory.model.sampling import Sampling
+
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(100, 40_000, rng.integers(16, 48)).tolist() for _ in range(options.prompts)]
+    seeds = [[number] * options.group for number in range(options.prompts)]
+    wanted = Sampling(max_new_tokens=options.tokens, stop_ids=frozenset())
+
+    def one_by_one() -> None:
+        for prompt in prompts:
+            ids = torch.tensor([prompt])
+            for _ in range(options.group):
+                model.generate(
+                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=options.tokens, do_sample=True, top_k=0,
+                    min_new_tokens=options.tokens, pad_token_id=tokenizer.pad_token_id,
+                )  # fmt: skip
+
+    return cpu_seconds(
+        {"batched": lambda: complete(model, prompts, wanted, seeds=seeds, pad_id=0), "sequential": one_by_one},
+        options.repeats,
+    )
+
+
+def training(model: Any, options: argparse.Namespace) -> dict[str, float]:
+    """Forward and backward of one prompt with eight answers, the prompt once or eight times."""
+    from types import SimpleNamespace
+
+    from llamafactory.train.experience import Experience, collate_experience
+    from llamafactory.train.stage import Models
+    from llamafactory.train.stages import grpo
+
+    rng = np.random.default_rng(1)
+    count, length = 8, options.answer_tokens
+    zeros = np.zeros(count * length, np.float32)
+    one = Experience(
+        place=0, row=0, prompt=rng.integers(100, 40_000, options.prompt_tokens).astype(np.int32),
+        answers=tuple(rng.integers(100, 40_000, length).astype(np.int32) for _ in range(count)),
+        sampler=zeros, advantages=np.repeat(rng.normal(size=count), length).astype(np.float32),
+        weights=np.ones(count, np.float32),
+    )  # fmt: skip
+    plan: Any = SimpleNamespace(fused_head=True, loss_chunk_rows=256, fused_blocks=False)
+    models = Models(policy=model, plan=plan)
+    rules = grpo.Options(reward_functions=("json",), grpo_beta=0.0)
+
+    def step(parts: list[Experience]) -> None:
+        for part in parts:
+            grpo.loss(models, collate_experience([part], "flat", 0), rules).loss_sum.backward()
+
+    sides = {
+        "shared": lambda: step([one]),
+        "unshared": lambda: step([one.part(place, place + 1) for place in range(count)]),
+    }
+    return cpu_seconds(sides, options.repeats)
+
+
+def main() -> None:
+    """Measures and prints."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from llamafactory.model import attention
+    from llamafactory.model.adapters import lora
+    from llamafactory.model.embedded import resolve_model_path
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    sizes = {"prompts": 8, "group": 4, "tokens": 24, "prompt-tokens": 256, "answer-tokens": 32, "repeats": 2}
+    for name, default in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    options = parser.parse_args()
+    path = resolve_model_path("SmolLM2-135M-Instruct")
+    attention.register()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=attention.NAME)
+    found = {"sampling": sampling(model.eval(), AutoTokenizer.from_pretrained(path), options)}
+    policy = lora.apply(model, lora.Options(lora_rank=8), adapters=(), trainable=True)
+    found["training"] = training(policy.train(), options)
+    sides = found["sampling"], found["training"]
+    ratios = {
+        "sampling": sides[0]["sequential"] / sides[0]["batched"],
+        "training": sides[1]["unshared"] / sides[1]["shared"],
+    }
+    print(json.dumps({"options": vars(options), "cpu_seconds": found, "times_faster": ratios}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
