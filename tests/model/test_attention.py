@@ -69,6 +69,26 @@ def test_loss_and_logprobs_of_each_family_are_those_of_its_rows_alone(model_type
     torch.testing.assert_close(supervised_nll(ours, batch, plan), -torch.cat(expected).sum(), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("model_type", ["cohere2", "gemma2", "gpt_oss", "granitemoe", "olmo2", "phi3", "qwen3_moe"])
+def test_gradients_of_other_blocks_are_those_of_their_rows_alone(model_type, tiny_config, make_examples):
+    config = tiny_config(model_type, **SMALL)
+    examples = make_examples(LENGTHS)
+    stock, ours = build(config, "eager"), build(config, attention.NAME)
+    for example in examples:
+        ids = torch.tensor(example.input_ids, dtype=torch.long)
+        places = torch.from_numpy(example.labels[1:] != -100)
+        logprobs = torch.log_softmax(stock(input_ids=ids[None]).logits[0, :-1], -1)[places]
+        (-logprobs.gather(1, ids[1:][places, None]).sum()).backward()
+    plan = SimpleNamespace(fused_head=True, loss_chunk_rows=4, fused_blocks=True)
+    supervised_nll(ours, collate_flat(examples), plan).backward()
+    expected = {name: parameter.grad for name, parameter in stock.named_parameters() if parameter.grad is not None}
+    assert {name for name, parameter in ours.named_parameters() if parameter.grad is not None} == expected.keys()
+    found = dict(ours.named_parameters())
+    whole = torch.stack([value.norm() for value in expected.values()]).norm()
+    for name, value in expected.items():
+        assert (found[name].grad - value).norm() < 1e-5 * whole, name
+
+
 def test_sliding_window_is_really_in_use(tiny_config, make_examples):
     examples = make_examples((23,))
     logits = [
