@@ -209,6 +209,7 @@ def assemble_job(
     accelerator: Accelerator,
     facts: Mapping[str, Any],
     template: Template,
+    first_step_is_over: Callable[[], None] = lambda: None,
 ) -> Job:
     """Puts together what the loop needs, and places it on the devices.
 
@@ -223,6 +224,7 @@ def assemble_job(
         accelerator: of the run.
         facts: what every checkpoint says of the run.
         template: says what ends an answer.
+        first_step_is_over: called once, after the first step of this process.
     """
     train = cfg.train
     stage = load_stage(train.stage)
@@ -268,7 +270,7 @@ def assemble_job(
         evaluation={_prefix(name): feed(examples, training=False) for name, examples in data.evaluation.items()},
         total_steps=total_steps, start=start, model_files=files, step_flops=flops,
         measure_peak=lambda: _peak_flops(plan) * accelerator.num_processes,
-        is_async=may_save_async(train, policy, plan.device), facts=facts,
+        is_async=may_save_async(train, policy, plan.device), facts=facts, first_step_is_over=first_step_is_over,
     )  # fmt: skip
 
 

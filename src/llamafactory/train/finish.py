@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate.state import AcceleratorState
 
 from llamafactory.extras import failpoints, log
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from llamafactory.hparams.run_config import RunConfig
     from llamafactory.model.plan import ModelPlan
     from llamafactory.train.job import FitResult, Job
+    from llamafactory.train.start_up import StartUp
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +91,14 @@ class RunRecord:
     def write(self, state: str, **more: Any) -> None:
         """Writes the record with its current state."""
         write_json(self.path, {**self.document, **more, "state": state})
+
+    def note_start_up(self, start: StartUp) -> None:
+        """Keeps the parts of the start for the next time that the record is written, and says them."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        start.ended("first step")
+        self.document["start_up"] = start.to_dict()
+        log.info(start.line())
 
     def facts(self) -> dict[str, Any]:
         """What every checkpoint says of its run, in its manifest."""

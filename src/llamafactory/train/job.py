@@ -49,6 +49,7 @@ class Job:
         measure_peak: measures the FLOP/s that all ranks' devices reach in a plain matrix product.
         is_async: whether checkpoints are written while training goes on.
         facts: what every checkpoint says of the run besides its id and step.
+        first_step_is_over: called once, when this process has done its first step.
     """
 
     cfg: TrainConfig
@@ -66,6 +67,7 @@ class Job:
     measure_peak: Callable[[], float]
     is_async: bool = True
     facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    first_step_is_over: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -150,6 +150,8 @@ class _Run:
                     raise StopSignal(number)
                 self.train_step()
                 step_is_over()
+                if self.step == self.job.start.step + 1:
+                    self.job.first_step_is_over()
                 if self.is_due(cfg.logging_steps) or (self.step == 1 and cfg.logging_first_step):
                     self.log_training()
                 if self._is_time_to_evaluate():

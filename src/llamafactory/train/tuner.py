@@ -12,6 +12,7 @@ from llamafactory.extras.network import go_offline
 from llamafactory.train.output_dir import claim_output_dir, make_writable, require_same_data
 from llamafactory.train.run_lock import RunLock
 from llamafactory.train.signals import StopRequest, StopSignal
+from llamafactory.train.start_up import StartUp
 
 if TYPE_CHECKING:
     from llamafactory.hparams.run_config import RunConfig
@@ -45,6 +46,7 @@ def _run(cfg: RunConfig, claim: Claim, stop: StopRequest) -> RunResult:
     if claim.replaces and log.is_main_process():
         (claim.output_dir / "bad_rows.jsonl").unlink(missing_ok=True)
     log.info(f"output: {claim.output_dir}" + (f", continuing {claim.resume_from.name}" if claim.resume_from else ""))
+    start = StartUp()
     from llamafactory.data.pipeline import prepare_data
     from llamafactory.data.sources.access import access_of
     from llamafactory.data.stream_pipeline import prepare_stream
@@ -60,6 +62,7 @@ def _run(cfg: RunConfig, claim: Claim, stop: StopRequest) -> RunResult:
     from llamafactory.train.stage import load_stage
     from llamafactory.train.watchdog import watching
 
+    start.ended("imports")
     tokenizer, template = text.load_text(cfg)
     prepare = partial(prepare_data, for_training=cfg.train.do_train)
     if cfg.data.streaming and cfg.train.do_train:
@@ -79,6 +82,7 @@ def _run(cfg: RunConfig, claim: Claim, stop: StopRequest) -> RunResult:
         may_differ = "data" in cfg.train.allow_change
         say_what_differs(cfg.train.rerun_of, data.report.to_dict(), package_versions(), may_differ=may_differ)
     build.say_lines(data.report.lines())
+    start.ended("rows")
     model_config = load_model_config(cfg.model)
     hardware = read_hardware(use_cpu=cfg.train.use_cpu)
     plan_again = build.planner(model_config, hardware, data.train, mix=data.mix)
@@ -86,9 +90,11 @@ def _run(cfg: RunConfig, claim: Claim, stop: StopRequest) -> RunResult:
     build.say_lines(plan.lines())
     if cfg.train.do_train:
         require_fit(cfg, plan, hardware, plan_again)
+    start.ended("plan")
     accelerator = build.start_accelerator(cfg, plan)
     require_same_data(cfg, claim, data.report.to_dict(), accelerator.num_processes)
     policy = build.load_policy(cfg, plan, resume_from=claim.resume_from)
+    start.ended("model")
     record = finish.RunRecord.start(
         cfg, claim, plan=plan, data=data, policy=policy, num_processes=accelerator.num_processes
     )
@@ -105,7 +111,9 @@ def _run(cfg: RunConfig, claim: Claim, stop: StopRequest) -> RunResult:
             accelerator=accelerator,
             facts=record.facts(),
             template=template,
+            first_step_is_over=partial(record.note_start_up, start),
         )
+        start.ended("optimizer")
         with interruptible(job, stop):
             if cfg.train.do_train:
                 stop.defer()
