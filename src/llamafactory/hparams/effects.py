@@ -114,6 +114,11 @@ _RULES: tuple[_Rule, ...] = (
         tuple(key for key in TrainConfig.model_fields if key.startswith("profiler_")),
         "enable_torch_profiler is off",
     ),
+    (
+        lambda c: c.train.include_num_input_tokens_seen == "all",
+        ("include_num_input_tokens_seen",),
+        "total_tokens in the log counts real tokens; padding is never counted",
+    ),
     (lambda c: c.train.max_steps > 0, ("num_train_epochs",), "max_steps is set"),
     (lambda c: c.train.save_strategy != "steps", ("save_steps",), "save_strategy is not steps"),
     (lambda c: c.train.save_strategy == "no", ("save_total_limit", "save_only_model"), "save_strategy is no"),

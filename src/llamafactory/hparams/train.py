@@ -146,8 +146,8 @@ class TrainConfig(Section):
     run_name: str | None = option(None, "Name of the run in trackers and on the model card.", group=_LOG)
     plot_loss: bool = option(False, "Write training_loss.png.", group=_LOG)
     include_effective_tokens_per_second: bool = option(False, "Report tokens per second without padding.", group=_LOG)
-    include_num_input_tokens_seen: bool | str = option(
-        False, "Report the number of tokens seen (always recorded here).", group=_LOG
+    include_num_input_tokens_seen: bool | Literal["all", "non_padding", "no"] = option(
+        False, "Report the number of tokens seen (always recorded here, without padding).", group=_LOG
     )
     disable_tqdm: bool | None = option(None, "No progress bar; null shows one on a terminal.", group=_LOG)
 
