@@ -1,11 +1,18 @@
-"""Every stage on two processes is every stage on one, and goes on bit by bit after a stop."""
+"""Every stage on two processes is every stage on one: same curves, same evaluation, same weights."""
 
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
 
 import pytest
 from safetensors.torch import load_file
+
+from llamafactory.compose import load_config
+from llamafactory.train.tuner import run_exp
 
 pytestmark = pytest.mark.long
 
@@ -14,16 +21,25 @@ PAIRS = {"file_name": "pairs.json", "formatting": "sharegpt", "ranking": True,
 JUDGED = {"file_name": "judged.json", "formatting": "sharegpt",
           "columns": {"messages": "conversations", "kto_tag": "label"}}  # fmt: skip
 STAGES = {
-    "dpo": ["--stage", "dpo", "--dataset", "pairs"],
-    "dpo kto_pair": ["--stage", "dpo", "--dataset", "pairs", "--pref_loss", "kto_pair"],
-    "kto": ["--stage", "kto", "--dataset", "judged"],
-    "rm": ["--stage", "rm", "--dataset", "pairs"],
-    "pt": ["--stage", "pt", "--dataset", "text"],
+    "dpo": {"stage": "dpo", "dataset": "pairs"},
+    "dpo kto_pair": {"stage": "dpo", "dataset": "pairs", "pref_loss": "kto_pair"},
+    "kto": {"stage": "kto", "dataset": "judged"},
+    "rm": {"stage": "rm", "dataset": "pairs"},
+    "pt": {"stage": "pt", "dataset": "text"},
 }
+LAUNCH = """
+import json, os, sys
+from llamafactory.compose import load_config
+from llamafactory.train.tuner import run_exp
+for port, options in json.load(open(sys.argv[1])):
+    os.environ["MASTER_PORT"] = str(port)  # a run ends its process group, and the next one meets elsewhere
+    assert run_exp(load_config(options)).exit_code == 0
+"""
 
 
-@pytest.fixture
-def data(tmp_path):
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stages")
     said = [f"number {number} " * (1 + number % 4) for number in range(13)]
     asked = [[{"from": "human", "value": f"Say {number}."}] for number in range(13)]
     pairs = [
@@ -36,36 +52,78 @@ def data(tmp_path):
     ]
     text = [{"text": line * 8} for line in said]
     for name, rows in (("pairs", pairs), ("judged", judged), ("text", text)):
-        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+        (folder / f"{name}.json").write_text(json.dumps(rows))
     entries = {"pairs": PAIRS, "judged": JUDGED, "text": {"file_name": "text.json", "columns": {"prompt": "text"}}}
-    (tmp_path / "dataset_info.json").write_text(json.dumps(entries))
-    return tmp_path
+    (folder / "dataset_info.json").write_text(json.dumps(entries))
+    return folder
+
+
+def free_ports(count):
+    """Ports that nobody listens on; held together so that no two are the same."""
+    held = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [server.getsockname()[1] for server in held]
+    for server in held:
+        server.close()
+    return ports
+
+
+def options(model, data, name, ranks):
+    return {
+        "model_name_or_path": str(model), "dataset_dir": str(data), "template": "chatml", "do_train": True,
+        "output_dir": str(data / f"{name} {ranks}"), "logging_steps": 1, "use_cpu": True, "cutoff_len": 64,
+        "per_device_train_batch_size": 4 // ranks, "num_train_epochs": 1, "learning_rate": 1e-2, "val_size": 3,
+        "save_strategy": "no", "overwrite_output_dir": True, **STAGES[name],
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_model_dir, data, repo_dir):
+    """Folder of the stages' runs: on one rank in this process, on two in one launch for all stages."""
+    for name in STAGES:
+        assert run_exp(load_config(options(tiny_model_dir, data, name, 1))).exit_code == 0
+    runs = [options(tiny_model_dir, data, name, 2) for name in STAGES]
+    (data / "runs.json").write_text(json.dumps(list(zip(free_ports(len(runs)), runs, strict=True))))
+    (data / "launch.py").write_text(LAUNCH)
+    with (data / "errors.txt").open("w") as errors:
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, str(data / "launch.py"), str(data / "runs.json")],
+                stdout=subprocess.DEVNULL, stderr=errors, cwd=repo_dir,
+                env=os.environ | {"PYTHONPATH": str(repo_dir / "src"), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2",
+                                  "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2",
+                                  "MASTER_ADDR": "127.0.0.1"},
+            )
+            for rank in (0, 1)
+        ]  # fmt: skip
+        try:
+            codes = [process.wait(timeout=600) for process in ranks]
+        finally:
+            for process in ranks:
+                process.kill()
+                process.wait()
+    assert codes == [0, 0], (data / "errors.txt").read_text()[-5000:]
+    return data
+
+
+def read(folder):
+    """Curves, final results and weights of a run."""
+    rows = [json.loads(line) for line in (folder / "trainer_log.jsonl").read_text().splitlines()]
+    curves = {key: [row[key] for row in rows if key in row] for key in ("loss", "rewards/margins", "kl", "accuracy")}
+    results = json.loads((folder / "all_results.json").read_text())
+    return curves, results, load_file(folder / "adapter_model.safetensors")
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_two_ranks_equal_one(name, cli, tiny_model_dir, data):
-    found = {}
-    for ranks in (1, 2):
-        folder = data / f"ranks {ranks}"
-        done = cli(
-            "train", "--model_name_or_path", str(tiny_model_dir), "--dataset_dir", str(data), "--template", "chatml",
-            "--do_train", "--output_dir", str(folder), "--logging_steps", "1", "--use_cpu", "--cutoff_len", "64",
-            "--per_device_train_batch_size", str(4 // ranks), "--num_train_epochs", "2", "--learning_rate", "1e-2",
-            "--val_size", "3", *STAGES[name],
-            env={"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": str(ranks), "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
-        rows = [json.loads(line) for line in (folder / "trainer_log.jsonl").read_text().splitlines()]
-        results = json.loads((folder / "all_results.json").read_text())
-        shown = {
-            key: [row[key] for row in rows if key in row] for key in ("loss", "rewards/margins", "kl", "accuracy")
-        }
-        found[ranks] = shown, results, load_file(folder / "adapter_model.safetensors")
-    for key, values in found[1][0].items():
-        assert found[2][0][key] == pytest.approx(values, rel=1e-4, abs=1e-5), key
-    for key in (key for key in found[1][1] if key.startswith("eval_") and "second" not in key and "time" not in key):
-        assert found[2][1][key] == pytest.approx(found[1][1][key], rel=1e-4, abs=1e-5), key
-    for tensor, weight in found[1][2].items():
-        assert (found[2][2][tensor] - weight).abs().max() <= 1e-3 * weight.abs().max() + 1e-6
+def test_two_ranks_equal_one(name, runs):
+    curves, results, weights = read(runs / f"{name} 1")
+    curves_two, results_two, weights_two = read(runs / f"{name} 2")
+    assert len(curves["loss"]) == 3 or name == "pt"  # 10 rows, 4 a step: the last window holds 2
+    for key, values in curves.items():
+        assert curves_two[key] == pytest.approx(values, rel=1e-4, abs=1e-5), key
+    for key in (key for key in results if key.startswith("eval_") and "second" not in key and "time" not in key):
+        assert results_two[key] == pytest.approx(results[key], rel=1e-4, abs=1e-5), key
+    assert weights_two.keys() == weights.keys()
+    for tensor, weight in weights.items():
+        assert (weights_two[tensor] - weight).abs().max() <= 1e-3 * weight.abs().max() + 1e-6
     if name == "pt":
-        assert found[1][1]["eval_perplexity"] > 1
+        assert results["eval_perplexity"] > 1

@@ -158,10 +158,10 @@ def padding_token(tokenizer: PreTrainedTokenizerFast) -> str:
     """
     if tokenizer.pad_token and tokenizer.pad_token != tokenizer.eos_token:
         return str(tokenizer.pad_token)
-    named = {tokenizer.eos_token, tokenizer.bos_token}
+    named = {str(token) for token in (tokenizer.eos_token, tokenizer.bos_token) if token}
     spare = [str(token) for token in tokenizer.all_special_tokens if token not in named]
     for token in (tokenizer.unk_token, *spare):
-        if token and token not in named:
+        if token and str(token) not in named:
             return str(token)
     raise LlamaFactoryError(
         "the tokenizer's only special tokens end or begin answers, so none of them can be padding of a classifier. "

@@ -68,8 +68,8 @@ class Stage:
         prepares: `options -> bool`, whether `prepare` is needed.
         needs_reference: `options -> bool`.
         has_value_head: the policy gets a head that gives one number a token.
-        summarise: `averages -> averages`, what follows from an evaluation's averages, for example perplexity; names
-            come without their prefix.
+        summarise: `averages -> averages`, what follows from the averages of logged steps or of an evaluation, for
+            example perplexity; names come without their prefix.
         rollout: `options -> RolloutRules` of a stage that trains on answers which the policy samples; None where the
             data holds the answers.
     """

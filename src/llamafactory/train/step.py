@@ -55,7 +55,7 @@ class StageModule(nn.Module):
             return self._stage.prepare(replace(self._models, policy=self.policy), batch, self._options)
 
     def summarise(self, averages: Mapping[str, float]) -> Mapping[str, float]:
-        """What follows from the averages of an evaluation."""
+        """What follows from the averages of a logged span of steps, or of an evaluation."""
         return {} if self._stage.summarise is None else self._stage.summarise(averages)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from llamafactory.hparams.section import option
@@ -67,7 +68,7 @@ def reference_point(step_sums: Tensor) -> Tensor:
     return (step_sums[0] / step_sums[1].clamp(min=1)).clamp(min=0).float()
 
 
-def summarise(averages: dict[str, float]) -> dict[str, float]:
+def summarise(averages: Mapping[str, float]) -> dict[str, float]:
     """Margins and length gap, which are differences of averages over different answers."""
     found: dict[str, float] = {}
     for name, pair in (("rewards/margins", "rewards"), ("length_gap", "length")):
