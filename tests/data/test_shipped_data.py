@@ -16,6 +16,7 @@ NUM_ROWS = {
     "general_instructions": 200,
     "preference_pairs": 60,
     "kto_feedback": 60,
+    "plain_text": 12,
     "tool_dialogues": 24,
     "tool_dialogues_openai": 16,
 }
@@ -54,6 +55,8 @@ def first_questions(name: str) -> list[str]:
         if "instruction" in row:
             history = [turn[0] for turn in row.get("history", [])]
             parts = [*history, row["instruction"], row["input"]]
+        elif "text" in row:
+            parts = [row["text"]]
         else:
             messages = row.get("conversations") or row["messages"]
             asked = [m for m in messages if {"human", "user"} & {m.get("from"), m.get("role")}]
