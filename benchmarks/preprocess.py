@@ -29,16 +29,18 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 CUTOFF_LEN = 2048
+SHAPES = {"short": (1, 2, 4), "long": (4, 8, 16)}
+"""How many shipped rows a row is joined from: about 100 tokens a row, or about 500."""
 SIDES = ("datasets.map", "datasets.map, warm", "ours", "ours, warm")
 
 
-def write_rows(path: Path, count: int) -> None:
+def write_rows(path: Path, count: int, joined: Sequence[int] = SHAPES["short"]) -> None:
     """Shipped instruction rows, each joined from several and numbered, so that no text occurs twice."""
     source = json.loads((ROOT / "data" / "general_instructions.json").read_text(encoding="utf-8"))
     chooser = random.Random(0)
     with path.open("w", encoding="utf-8") as stream:
         for number in range(count):
-            parts = chooser.sample(source, chooser.choice((1, 2, 4)))
+            parts = chooser.sample(source, chooser.choice(joined))
             row = {
                 "instruction": f"{number}. " + " ".join(part["instruction"] for part in parts),
                 "input": parts[0]["input"],
@@ -182,14 +184,14 @@ def run(side: str, rows: Path, cache: Path, *, is_compared: bool = False) -> dic
     return json.loads(found.stdout.splitlines()[-1])
 
 
-def compare(folder: Path, count: int, repeats: int) -> dict[str, Any]:
+def compare(folder: Path, count: int, repeats: int, shape: str) -> dict[str, Any]:
     """Both sides in turns, cold and warm, on the same rows."""
-    rows = folder / f"rows-{count}.jsonl"
-    write_rows(rows, count)
+    rows = folder / f"{shape}-{count}.jsonl"
+    write_rows(rows, count, SHAPES[shape])
     found: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
     for repeat in range(repeats):
         for side in SIDES:
-            cache = folder / f"{'theirs' if side.startswith('datasets') else 'ours'}-{count}-{repeat}"
+            cache = folder / f"{'theirs' if side.startswith('datasets') else 'ours'}-{shape}-{repeat}"
             found[side].append(run(side, rows, cache, is_compared=repeat == 0))
     digests = {values[0]["digest"] for values in found.values()}
     if len(digests) != 1:
@@ -204,7 +206,7 @@ def compare(folder: Path, count: int, repeats: int) -> dict[str, Any]:
         }
         for side, values in found.items()
     }
-    return {"rows": count, "tokens": tokens, "sides": sides}
+    return {"shape": shape, "rows": count, "tokens": tokens, "sides": sides}
 
 
 def scale(folder: Path, count: int) -> dict[str, Any]:
@@ -248,9 +250,11 @@ def main() -> int:
             "config": {"template": "chatml", "cutoff_len": CUTOFF_LEN, "workers": 1, "repeats": words.repeats},
         }
         path = RESULTS / f"preprocess-{result['date']}.json"
-        result["compare"] = compare(Path(folder), words.rows, words.repeats)
-        keep(path, result)
-        show_sides(result["compare"])
+        result["compare"] = []
+        for shape in SHAPES:
+            result["compare"].append(compare(Path(folder), words.rows, words.repeats, shape))
+            keep(path, result)
+            show_sides(result["compare"][-1])
         result["scale"] = []
         for size in words.sizes:
             result["scale"].append(scale(Path(folder), size))
@@ -262,7 +266,8 @@ def main() -> int:
 def show_sides(compared: dict[str, Any]) -> None:
     """Both sides as a table."""
     base = compared["sides"]["datasets.map"]["tokens_per_cpu_s"]
-    print(f"{compared['rows']:,} rows, {compared['tokens']:,} tokens; the same ids and labels on all sides")
+    what = f"{compared['rows']:,} {compared['shape']} rows, {compared['tokens']:,} tokens"
+    print(f"{what}; the same ids and labels on all sides")
     print(f"{'':<20}{'CPU s':>9}{'tokens/CPU s':>15}{'ratio':>8}{'MiB added':>11}")
     for side, value in compared["sides"].items():
         rate = value["tokens_per_cpu_s"]

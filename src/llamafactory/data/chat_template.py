@@ -230,8 +230,7 @@ class NamedTemplate:
 
     def _closes(self, slot: str) -> bool:
         """Whether a slot ends with what stops generation."""
-        stops = tuple(word for word in (self.eos, *self.stop_words) if word)
-        return text_of(self._fill(slot, [])).rstrip().endswith(stops)
+        return _ends_with_stop(slot, self.bos, self.end_token, (self.eos, *self.stop_words))
 
     def render_prompt(self, conversation: Conversation) -> tuple[Segment, ...]:
         """The text before the next answer."""
@@ -313,16 +312,30 @@ class NamedTemplate:
 
     def _fill(self, slot: str, content: Sequence[Piece]) -> list[Piece]:
         """The slot with its placeholders filled; markup and row text stay apart."""
-        eos = self.end_token
-        pieces: list[Piece] = []
-        for place, text in enumerate(_PLACEHOLDER.split(slot)):
-            if place % 2 == 0:
-                pieces.append(Piece(text))
-            elif text == "content":
-                pieces.extend(content)
-            else:
-                pieces.append(Piece(self.bos if text == "bos" else eos))
-        return [piece for piece in pieces if piece.text]
+        return _fill(slot, self.bos, self.end_token, content)
+
+
+def _fill(slot: str, bos: str, eos: str, content: Sequence[Piece]) -> list[Piece]:
+    pieces: list[Piece] = []
+    for place, text in enumerate(_parts(slot)):
+        if place % 2 == 0:
+            pieces.append(Piece(text))
+        elif text == "content":
+            pieces.extend(content)
+        else:
+            pieces.append(Piece(bos if text == "bos" else eos))
+    return [piece for piece in pieces if piece.text]
+
+
+@cache
+def _parts(slot: str) -> Sequence[str]:
+    """Markup and names of placeholders, in turn."""
+    return _PLACEHOLDER.split(slot)
+
+
+@cache
+def _ends_with_stop(slot: str, bos: str, eos: str, stops: tuple[str, ...]) -> bool:
+    return text_of(_fill(slot, bos, eos, [])).rstrip().endswith(tuple(word for word in stops if word))
 
 
 @cache

@@ -8,13 +8,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import chain, groupby
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llamafactory.data.types import IGNORE_INDEX, Example, Segment, Turn
+from llamafactory.data.word_cache import WordEncoder, word_encoder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -62,6 +63,8 @@ class Encoder:
         """
         self.backend: Tokenizer = clean_backend(tokenizer)
         self._plain: Tokenizer | None = None
+        self._words: WordEncoder | None = None
+        self._is_ready = False
         self._special = special_token_pattern(self.backend)
         self._is_whole = is_whole
         self.num_shifted = 0
@@ -74,7 +77,7 @@ class Encoder:
         )
         if self._is_whole:
             texts |= dict.fromkeys(_whole_text(turns) for turns in runs if not _has_mixed(turns))
-        ids_of = dict(zip(texts, self._encode_batch(self.backend, list(texts)), strict=True))
+        ids_of = dict(zip(texts, self._encode_batch(list(texts)), strict=True))
         return [self._sequence(turns, ids_of) for turns in runs]
 
     def _sequence(
@@ -174,9 +177,12 @@ class Encoder:
             pieces.append((False, segment.text[end:]))
         return [piece for piece in pieces if piece[1]]
 
-    @staticmethod
-    def _encode_batch(backend: Tokenizer, texts: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    def _encode_batch(self, texts: list[str]) -> list[list[int]]:
+        if not self._is_ready:  # a warm start encodes nothing
+            self._words, self._is_ready = word_encoder(self.backend), True
+        if self._words is not None:
+            return self._words.encode_batch(texts)
+        return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def clean_backend(tokenizer: Any) -> Tokenizer:
@@ -219,8 +225,8 @@ def assemble_kept(turns: Sequence[EncodedTurn], kept: Sequence[tuple[int, int]])
             (turn.prompt_ids[:num_prompt], turn.prompt_weights[:num_prompt]),
             (turn.answer_ids[:num_answer], turn.answer_weights[:num_answer]),
         ]
-    ids = np.array([token for side in sides for token in side[0]], dtype=np.int32)
-    weights = np.array([weight for side in sides for weight in side[1]], dtype=np.float32)
+    ids = np.array(list(chain.from_iterable([side[0] for side in sides])), dtype=np.int32)
+    weights = np.array(list(chain.from_iterable([side[1] for side in sides])), dtype=np.float32)
     return Example(
         input_ids=ids,
         labels=np.where(weights != 0, ids, np.int32(IGNORE_INDEX)),

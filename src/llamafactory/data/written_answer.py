@@ -37,6 +37,8 @@ class AnswerEnd:
 
 def with_ends(answers: Sequence[Answer], ends: Sequence[AnswerEnd]) -> list[Answer]:
     """The answers closed; what the question behind an answer begins with is taken from there."""
+    if not any(end.pieces for end in ends):
+        return list(answers)
     closed: list[Answer] = []
     num_taken = 0
     for answer, end in zip(answers, ends, strict=True):
