@@ -112,7 +112,7 @@ def check_case(jinja: str, tokenizer: Any, conversation: Conversation, thinking:
         sequences = render_turns(conversation, template, MaskOptions())
     except RowError as error:
         return "refused" if error.reason.endswith("refuses the row") else f"WRONG: {error.reason}"
-    shown = template._complete(conversation)
+    shown = template._complete(conversation)  # pyright: ignore[reportPrivateUsage]
     expect = _Expected(jinja, tokenizer, template, shown, thinking)
     shift = len(shown.messages) - len(conversation.messages)
     marks: set[str] = set()
@@ -145,7 +145,7 @@ class _Expected:
         self, jinja: str, tokenizer: Any, template: JinjaTemplate, shown: Conversation, thinking: bool | None
     ) -> None:
         self._tokenizer, self._jinja, self._shown = tokenizer, jinja, shown
-        self._style = template._style
+        self._style = template._style  # pyright: ignore[reportPrivateUsage]
         self._options = {} if thinking is None else {"enable_thinking": thinking}
 
     def text(self, stop: int, *, is_asked: bool) -> str:

@@ -130,8 +130,8 @@ def _quick_rows(cfg: RunConfig) -> tuple[Any, str]:
         return None, "no data set is named"
     from llamafactory.data.pipeline import prepare_data
     from llamafactory.data.registry import find_specs
-    from llamafactory.train.build import data_seed, load_text
     from llamafactory.train.stage import load_stage
+    from llamafactory.train.text import data_seed, load_text
 
     try:
         size = sum(_size_of(spec) for spec in find_specs(cfg.data.dataset, cfg.data.dataset_dir))

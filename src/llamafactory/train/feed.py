@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from llamafactory.data.batch import Batch
 from llamafactory.train.rows import EXAMPLES, Rows
 from llamafactory.train.windows import Item, Schedule
+
+if TYPE_CHECKING:
+    from llamafactory.data.table import Examples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +46,7 @@ class Feed:
         read: the rows of an item; None: its examples.
     """
 
-    examples: Sequence[Any]
+    examples: Examples
     schedule: Schedule
     layout: Literal["flat", "padded"]
     pad_id: int

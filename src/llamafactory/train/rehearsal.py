@@ -13,6 +13,7 @@ import torch
 
 from llamafactory.extras import log
 from llamafactory.train.checkpoint.random_state import Generators, restore
+from llamafactory.train.feed import Feed
 from llamafactory.train.workload import largest_group
 
 if TYPE_CHECKING:
@@ -39,10 +40,14 @@ def rehearse(job: Job, plan: ModelPlan) -> None:
     Raises:
         torch.OutOfMemoryError, MemoryError, RuntimeError: it does not fit.
     """
+    feed = job.feed
+    if not isinstance(feed, Feed):
+        log.info("no rehearsal of the longest micro-batch: rows of a stream and sampled answers are not known yet")
+        return
     generators = Generators()
     started = time.monotonic()
-    group, _ = largest_group(job.feed.schedule, job.feed.examples.lengths.tolist(), job.total_steps)
-    batch = job.feed.batch(group).to(job.accelerator.device)
+    group, _ = largest_group(feed.schedule, feed.examples.lengths.tolist(), job.total_steps)
+    batch = feed.batch(group).to(job.accelerator.device)
     state = plan.costs.memory.optimizer if plan.costs and job.accelerator.device.type != "cpu" else 0
     held = torch.empty(state, dtype=torch.uint8, device=job.accelerator.device)
     job.module.train()
