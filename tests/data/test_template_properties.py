@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +27,7 @@ FILES = sorted(file.stem for file in FOLDER.glob("*.jinja") if "_training" not i
 ALL = [*template_names(), *(f"auto: {name}" for name in FILES)]
 NO_STOP = ("empty", "auto: glm4moe")
 """`empty` writes nothing but the texts; the published template of GLM-4.5 ends the last answer with nothing."""
+MARKS = re.compile(r"<[|｜][^<>\s]*[|｜]>|</?[A-Za-z_]+>|\[/?[A-Z_]+\]")
 PIECES = [*'aZ9.,{}|"\\éü你', " ", "\n", "<|im_end|>", "<|im_start|>", "{{ x }}", "{% y %}", "[/INST]"]
 TEXTS = st.lists(st.sampled_from(PIECES), min_size=1, max_size=6).map(lambda parts: f"b{''.join(parts)}b")
 TALKS = st.lists(TEXTS, min_size=2, max_size=6).map(lambda texts: texts[: len(texts) // 2 * 2])
@@ -37,6 +40,20 @@ def template_of(name: str, tokenizer: Any, thinking: bool | None) -> Template:
         return JinjaTemplate(text, tokenizer, enable_thinking=thinking)
     eos = {"deepseekcoder": "<|EOT|>", "granite3": "<|end_of_text|>"}.get(name, tokenizer.eos_token)
     return NamedTemplate(record=find_record(name), bos="<s>", eos=eos, enable_thinking=thinking)
+
+
+@cache
+def with_marks(name: str, tokenizer: Any) -> Any:
+    """A copy of the tokenizer that knows the special tokens of a published template, as the template's own does.
+
+    Without them a token of plain text may reach from a stop into what follows.
+    """
+    if not name.startswith("auto: "):
+        return tokenizer
+    text = (FOLDER / f"{name.removeprefix('auto: ')}.jinja").read_text(encoding="utf-8")
+    own = copy.deepcopy(tokenizer)
+    own.add_special_tokens({"additional_special_tokens": sorted(set(MARKS.findall(text)))})
+    return own
 
 
 def joined(segments: tuple[Segment, ...]) -> str:
@@ -99,6 +116,7 @@ def test_an_answer_is_trained_behind_its_prompt_with_its_stop_and_nothing_else(
 def test_ids_and_mask_are_those_of_the_text_also_where_it_is_cut(
     tokenizer: Any, name: str, texts: list[str], cutoff: int, keep_last: bool
 ) -> None:
+    tokenizer = with_marks(name, tokenizer)
     template = template_of(name, tokenizer, None)
     sequences = sequences_of(template, dialogue(*texts))
     for turns, encoded in zip(

@@ -18,8 +18,8 @@ from llamafactory.train.checkpoint.manifest import find_fault
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 143}
 EVALUATED = CELLS["sft lora evaluated, best kept"] | {"save_total_limit": "9"}
 PHASES = {
-    "tokenising": "data:1:sleep=1",
-    "first step": "step:1:sleep=1",
+    "tokenising": "data:1:sleep=4",
+    "first step": "step:1:sleep=4",
     "later step": "step:5:sleep=1",
     "evaluation": "eval:2:sleep=1",
     "save": "save.file:16:sleep=1",
