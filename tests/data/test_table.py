@@ -85,3 +85,11 @@ def test_indices_are_those_of_a_sequence() -> None:
     with pytest.raises(IndexError):
         table[5]
     assert len(join_tables([])) == 0
+
+
+@given(rows=groups_of_rows)
+def test_a_shard_counts_what_its_examples_count(rows: list[tuple[list[Example], int]]) -> None:
+    builder = ShardBuilder()
+    for group, flag in rows:
+        builder.add(group, flag)
+    assert builder.build().num_supervised == sum(example.num_supervised for group, _ in rows for example in group)

@@ -12,7 +12,6 @@ from itertools import chain, groupby
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from llamafactory.data.types import IGNORE_INDEX, Example, Segment, Turn
 from llamafactory.data.word_cache import WordEncoder, word_encoder
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 Overlong = Literal["truncate", "drop", "error"]
+_ON_OR_OFF = frozenset({0.0, 1.0})
 
 
 class _Run(NamedTuple):
@@ -137,20 +137,22 @@ class Encoder:
     def _runs(self, segments: Sequence[Segment]) -> list[_Run]:
         runs: list[_Run] = []
         group: list[Segment] = []
+        weight = 0.0
         for segment in segments:
-            if group and _label_weight(segment) != _label_weight(group[0]):
-                runs.append(self._run(group))
+            own = segment.weight if segment.trainable else 0.0
+            if group and own != weight:
+                runs.append(self._run(group, weight))
                 group = []
+            weight = own
             group.append(segment)
-        return [*runs, self._run(group)] if group else runs
+        return [*runs, self._run(group, weight)] if group else runs
 
-    def _run(self, segments: list[Segment]) -> _Run:
+    def _run(self, segments: list[Segment], weight: float) -> _Run:
         special = self._special
         is_mixed = special is not None and any(
-            segment.is_literal and special.search(segment.text) is not None for segment in segments
+            [segment.is_literal and special.search(segment.text) is not None for segment in segments]
         )
-        text = "".join([segment.text for segment in segments])
-        return _Run(segments, _label_weight(segments[0]), text, is_mixed)
+        return _Run(segments, weight, "".join([segment.text for segment in segments]), is_mixed)
 
     def _mixed(self, run: _Run) -> list[int]:
         """Ids of a run with special tokens where the markup has them, and plain text everywhere else."""
@@ -226,11 +228,12 @@ def assemble_kept(turns: Sequence[EncodedTurn], kept: Sequence[tuple[int, int]])
             (turn.answer_ids[:num_answer], turn.answer_weights[:num_answer]),
         ]
     ids = np.array(list(chain.from_iterable([side[0] for side in sides])), dtype=np.int32)
-    weights = np.array(list(chain.from_iterable([side[1] for side in sides])), dtype=np.float32)
+    all_weights = list(chain.from_iterable([side[1] for side in sides]))
+    weights = np.array(all_weights, dtype=np.float32)
     return Example(
         input_ids=ids,
         labels=np.where(weights != 0, ids, np.int32(IGNORE_INDEX)),
-        weights=_weights_or_none(weights),
+        weights=None if _ON_OR_OFF.issuperset(all_weights) else weights,
         num_cut=total - len(ids),
     )
 
@@ -289,14 +292,6 @@ def share_budget(num_prompt: int, num_answer: int, budget: int) -> tuple[int, in
         limit = int(budget * (num_answer / (num_prompt + num_answer)))
     kept_answer = min(limit, num_answer)
     return min(max(budget - kept_answer, 0), num_prompt), kept_answer
-
-
-def _weights_or_none(weights: NDArray[np.float32]) -> NDArray[np.float32] | None:
-    return None if bool(((weights == 0) | (weights == 1)).all()) else weights
-
-
-def _label_weight(segment: Segment) -> float:
-    return segment.weight if segment.trainable else 0.0
 
 
 def _has_mixed(turns: Sequence[tuple[list[_Run], list[_Run]]]) -> bool:

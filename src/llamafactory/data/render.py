@@ -69,7 +69,8 @@ def _mark(turn: Turn, conversation: Conversation, mask: MaskOptions, *, is_last:
     message = conversation.messages[turn.message_index]
     prompt = _on(turn.prompt) if mask.train_on_prompt else turn.prompt
     is_wanted = {"all": True, "last": is_last, "tool_calls": bool(message.tool_calls)}[mask.train_on]
-    return replace(turn, prompt=prompt, answer=_answer(turn.answer, message, is_masked=not is_wanted))
+    answer = _answer(turn.answer, message, is_masked=not is_wanted)
+    return turn if prompt is turn.prompt and answer is turn.answer else replace(turn, prompt=prompt, answer=answer)
 
 
 def _answer(answer: Sequence[Segment], message: Message, *, is_masked: bool) -> tuple[Segment, ...]:

@@ -37,6 +37,14 @@ class Shard:
     group_ends: NDArray[np.int64]
     flags: NDArray[np.int8]
 
+    @property
+    def num_supervised(self) -> int:
+        """Supervised tokens that can be predicted: all but a supervised first token of an example."""
+        is_supervised = self.tokens >= 0
+        starts = self.example_ends - np.diff(self.example_ends, prepend=0)
+        firsts = starts[starts < self.example_ends]
+        return int(np.count_nonzero(is_supervised)) - int(np.count_nonzero(is_supervised[firsts]))
+
     def example(self, place: int, first: int = 0, last: int | None = None) -> Example:
         """The example at `place`, or its tokens from `first` up to `last`."""
         begin = int(self.example_ends[place - 1]) if place else 0

@@ -119,9 +119,10 @@ def encode_shard(chunk: Sequence[SourceRow], reader: RecordReader, rows: RowEnco
                 kept, reason = rows.keep(row.examples, row.origin)
                 if kept:
                     builder.add(kept, row.flag)
-                    counts["supervised"] += sum(example.num_supervised for example in kept)
                 else:
                     dropped.append(LostRow(dataset="", origin=row.origin, reason=reason, is_bad=False))
+    shard = builder.build()
+    counts["supervised"] = shard.num_supervised
     counts[_SHIFTED] = rows.encoder.num_shifted - num_shifted
     record = {
         "num_rows": len(chunk),
@@ -130,7 +131,7 @@ def encode_shard(chunk: Sequence[SourceRow], reader: RecordReader, rows: RowEnco
         "lost": [asdict(row) for row in bad + dropped],
         "said": said,
     }
-    return builder.build(), record
+    return shard, record
 
 
 @contextmanager
