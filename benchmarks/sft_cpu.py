@@ -85,12 +85,12 @@ def prepare(cell: Cell, data_dir: Path, source: Path) -> list[dict[str, Any]]:
     """Renders the cell's rows with our pipeline; every arm trains on these ids and labels."""
     from llamafactory.compose import load_config
     from llamafactory.data.pipeline import prepare_data
-    from llamafactory.train import build
+    from llamafactory.train.text import load_text
 
     write_rows(cell, source, data_dir / "rows.json")
     (data_dir / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": "rows.json"}}), encoding="utf-8")
     cfg = load_config(options(cell, data_dir, data_dir / "out", MODEL), command="train")
-    tokenizer, template = build.load_text(cfg)
+    tokenizer, template = load_text(cfg)
     data = prepare_data(cfg.data, template, tokenizer, seed=42, for_training=True, output_dir=None)
     return [{"input_ids": list(map(int, row.input_ids)), "labels": list(map(int, row.labels))} for row in data.train]
 

@@ -78,6 +78,7 @@ class RowEncoder:
         self, records: Sequence[tuple[str, Record]], lose: Callable[[str, RowError], None]
     ) -> Iterator[EncodedRow]:
         """The records as examples, in their order; those that break a rule are handed to `lose`."""
+        failpoints.visit("data")
         sequences: list[Sequence[Turn]] = []
         rows: list[tuple[EncodedRow, int]] = []
         for origin, record in records:
@@ -144,5 +145,4 @@ def encode_rows(reader: RecordReader, rows: RowEncoder) -> Iterator[EncodedRow]:
         DataError: unreadable data.
     """
     for chunk in chunked(iter(reader), _CHUNK_ROWS):
-        failpoints.visit("data")
         yield from rows.encode(chunk, reader.lose)
