@@ -13,8 +13,9 @@ from llamafactory.hparams.data import DataConfig
 from llamafactory.hparams.model import ModelConfig
 from llamafactory.hparams.run_config import RunConfig
 from llamafactory.hparams.train import TrainConfig
+from llamafactory.model.fit import RAM_SHARE
 from llamafactory.model.flops import decoder_shape, step_flops
-from llamafactory.model.plan import RAM_SHARE, ModelPlan, inference_dtype, plan_training
+from llamafactory.model.plan import ModelPlan, inference_dtype, plan_training
 
 GIB = 2**30
 

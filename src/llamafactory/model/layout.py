@@ -1,0 +1,60 @@
+"""How rows lie in a batch, which attention goes with that, and whether blocks run through the fused CPU functions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from llamafactory.extras.errors import ConfigError, Problem
+
+if TYPE_CHECKING:
+    from llamafactory.extras.hardware import Hardware
+    from llamafactory.hparams.run_config import RunConfig
+    from llamafactory.model.family import Family
+
+
+def choose_layout(
+    cfg: RunConfig, model_type: str, family: Family, hardware: Hardware
+) -> tuple[Literal["flat", "padded"], str, str]:
+    """Layout, name of the attention implementation, and the reason.
+
+    Args:
+        cfg: the resolved configuration.
+        model_type: of the model's config.
+        family: what is known about that type.
+        hardware: the machine.
+
+    Raises:
+        ConfigError: a switch asks for what this model or machine cannot do.
+    """
+    choice = cfg.model.flash_attn
+    packs = bool(cfg.data.packing or cfg.data.neat_packing)
+    stock = {"disabled": "eager", "fa2": "flash_attention_2", "fa3": "flash_attention_3"}.get(choice, "sdpa")
+    if choice in ("fa2", "fa3") and hardware.device != "cuda":
+        raise refusal(
+            "flash_attn", choice, f"needs a CUDA device; this run is on {hardware.device}", "flash_attn: auto"
+        )
+    if choice in ("auto", "sdpa") and family.segments:
+        return "flat", "segments", "rows lie end to end, one attention call a row: no padding, no leaking"
+    if packs:
+        why = f"flash_attn {choice}" if family.segments else f"model type {model_type!r}"
+        raise refusal("packing", "true", f"packing has no proven leak-free path with {why}", "packing: false")
+    reason = (
+        f"flash_attn: {choice}" if family.segments else f"model type {model_type!r} has no proven padding-free path"
+    )
+    return "padded", stock, f"right-padded batches of rows of similar length; {reason}"
+
+
+def choose_blocks(cfg: RunConfig, model_type: str, family: Family, is_plain: bool) -> tuple[bool, str]:
+    """Whether blocks go through the fused CPU functions. At run time anything unusual in a module turns them off."""
+    if not cfg.model.fused_kernels:
+        return False, "fused_kernels: false"
+    if not is_plain:
+        return False, "they are for float32 rows laid end to end on a CPU"
+    if not family.prenorm_blocks:
+        return False, f"not proven for the blocks of model type {model_type!r}"
+    return True, "norms, rotary, MLP and plain LoRA in few passes; equal to the model's own to 1e-5"
+
+
+def refusal(key: str, given: str, message: str, fix: str) -> ConfigError:
+    """The error of one key whose value cannot be used here."""
+    return ConfigError(Problem(key=key, given=given, message=message, fix=f"use {fix}"))
