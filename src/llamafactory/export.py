@@ -26,7 +26,8 @@ from llamafactory.extras.errors import ConfigError, LlamaFactoryError, Problem
 from llamafactory.extras.files import give_usual_modes, write_json
 from llamafactory.extras.hardware import read_hardware
 from llamafactory.extras.network import go_offline
-from llamafactory.model.loader import adapter_folders, load_model, load_tokenizer
+from llamafactory.model.layout import stock_attention
+from llamafactory.model.loader import adapter_folders, load_model, load_model_config, load_tokenizer
 from llamafactory.model.method import apply_method
 from llamafactory.model.valuehead import FILE as VALUE_HEAD_FILE
 from llamafactory.model.valuehead import add_value_head, as_classifier
@@ -172,7 +173,8 @@ def _merged(
 ) -> tuple[Any, list[torch.Tensor], list[torch.Tensor] | None]:
     """The merged fp32 model, the adapter model's logits, and the base model's where there is an adapter."""
     device = "cpu" if cfg.export.export_device == "cpu" else read_hardware(use_cpu=cfg.train.use_cpu).device
-    model = load_model(cfg.model, dtype="float32", attention="sdpa", device=device).eval()
+    attention = stock_attention(load_model_config(cfg.model))
+    model = load_model(cfg.model, dtype="float32", attention=attention, device=device).eval()
     adapters = adapter_folders(cfg.model)
     base = logits_of(model, prompts) if adapters else None
     policy: Any = apply_method(
@@ -217,8 +219,6 @@ def _export_dtype(cfg: ModelConfig, model: Any) -> str:
 
 
 def _published_dtype(cfg: ModelConfig) -> str | None:
-    from llamafactory.model.loader import load_model_config
-
     dtype = load_model_config(cfg).dtype
     return None if dtype is None else str(dtype).removeprefix("torch.")
 

@@ -128,6 +128,21 @@ def test_padded_batches_and_generation_use_the_stock_path(tiny_config, make_exam
     torch.testing.assert_close(ours.generate(prompt, **options), stock.generate(prompt, **options))
 
 
+@pytest.mark.parametrize("model_type", ["gemma2", "gpt_oss"])
+@pytest.mark.parametrize("window", [None, 5])
+def test_generation_keeps_soft_caps_and_sinks(model_type, window, tiny_config):
+    config = tiny_config(model_type, **SMALL, **({} if window is None else WINDOW))
+    ids = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0  # a short prompt, filled on the left
+    options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "output_logits": True}
+    found = [
+        torch.stack(build(config, name).generate(ids, return_dict_in_generate=True, **options).logits)
+        for name in (attention.NAME, "eager")
+    ]
+    assert torch.allclose(*found, atol=1e-4)
+
+
 def test_unlisted_model_types_promise_nothing():
     assert not family_of("mamba").segments
     assert family_of("mamba").head is None

@@ -78,6 +78,25 @@ def test_an_unproven_model_type_is_padded_and_cannot_be_packed(tiny_config):
         plan_training(config(packing=True), other, machine())
 
 
+def test_a_model_whose_class_refuses_sdpa_is_padded_with_eager_attention(tiny_config):
+    other = tiny_config("gptj", n_embd=32, n_layer=2, n_head=4, rotary_dim=4)
+    plan = plan_training(config(), other, machine())
+    assert (plan.layout, plan.attention) == ("padded", "eager")
+    assert "eager attention, because it has no SDPA attention either" in plan.reasons["layout"]
+    with pytest.raises(ConfigError, match="'gptj' has no SDPA attention"):
+        plan_training(config(flash_attn="sdpa"), other, machine())
+    capped = plan_training(config(), tiny_config("gemma2"), machine())
+    assert (capped.layout, capped.attention) == ("flat", "segments")  # which caps scores itself
+    assert plan_training(config(flash_attn="disabled"), tiny_config("gemma2"), machine()).attention == "eager"
+
+
+@pytest.mark.parametrize("choice", ["disabled", "fa2"])
+def test_forced_packing_without_the_segment_path_is_refused(choice, tiny_config):
+    for key in ("packing", "neat_packing"):
+        with pytest.raises(ConfigError, match=f"packing has no proven leak-free path with flash_attn {choice}"):
+            plan_training(config(flash_attn=choice, **{key: True}), tiny_config(), machine("cuda"))
+
+
 def test_attention_keys_win(tiny_config):
     assert plan_training(config(flash_attn="disabled"), tiny_config(), machine()).attention == "eager"
     assert plan_training(config(flash_attn="fa2"), tiny_config(), machine("cuda")).attention == "flash_attention_2"

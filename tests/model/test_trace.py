@@ -118,6 +118,44 @@ def test_a_padded_batch_of_an_unproven_family(tiny_config, make_examples):
     assert forecast == pytest.approx(measured, rel=0.05)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_eager_attention_keeps_its_probabilities(tiny_config, make_examples, dropout):
+    config = tiny_config("llama", **WIDE, attention_dropout=dropout)
+    batch = collate_padded(make_examples((120, 118)), pad_id=0)
+    measured = kept_bytes(real_model(config, "lora", {}, "eager"), batch)
+    skeleton = build_skeleton(
+        config, dtype="float32", attention="eager", finetuning_type="lora", options=options_of("lora", {})
+    )
+    forecast = trace_activations(skeleton, rows=2, lengths=(120,), is_flat=False)
+    assert forecast.peak(0) == pytest.approx(measured, rel=0.05)
+    assert forecast.small == 1.0
+    assert forecast.blocks[0] > 4 * 2 * 4 * 120 * 120  # float32 probabilities of 2 rows and 4 heads
+
+
+def test_holes_in_the_heap_are_those_of_small_tensors_of_a_models_own_forward():
+    from llamafactory.model.memory import HEAP_OVERHEAD, HeadShape, StepShape, forecast_memory
+    from llamafactory.model.skeleton import ParameterCount
+
+    count = ParameterCount(
+        base=10,
+        adapter=0,
+        trained=0,
+        trained_bytes=0,
+        weight_bytes=40,
+        buffer_bytes=0,
+        trained_by_block=(0, 0),
+        kinds=(),
+    )
+    options: dict[str, Any] = {
+        "step": StepShape(tokens=1, targets=0, num_micro_batches=1),
+        "head": HeadShape(vocab=1, width=1, is_trained=False, chunk_rows=256, element_bytes=4),
+        "every": 0, "optimizer_bytes": 0, "process_bytes": 0,
+    }  # fmt: skip
+    trace = ActivationTrace(blocks=(1000, 1000), outside=0, boundary=0, small=0.5)
+    without, with_holes = (forecast_memory(count, trace, **options, heap_overhead=x) for x in (0.0, HEAP_OVERHEAD))
+    assert with_holes.workspace - without.workspace == int(HEAP_OVERHEAD * 0.5 * 2000)
+
+
 def test_the_peak_of_the_backward_pass_by_hand():
     trace = ActivationTrace(blocks=(100, 100, 100, 100), outside=7, boundary=10)
     assert trace.peak(0) == 407

@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from llamafactory.model.tree_attention import tree_attention
+from llamafactory.model.tree_attention import bottom_mask, tree_attention
 
 NAME = "segments"
 
@@ -66,12 +66,14 @@ def segment_attention(
     Returns:
         `[1, time, heads, head_dim]` and None for the attention weights.
     """
+    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+    if segment_lengths is None and (softcap is not None or sinks is not None):
+        return _stock_scored(query, key, value, attention_mask, sliding_window, dropout, scaling, softcap, sinks), None
     if segment_lengths is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     trees = [(0, part) if isinstance(part, int) else tuple(part) for part in segment_lengths]
-    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
     if softcap is not None or sinks is not None:
         sizes = [sum(tree) for tree in trees]
         masks = [_tree_mask(tree, sliding_window, query.device) for tree in trees]
@@ -103,6 +105,27 @@ def segment_attention(
     return torch.cat(pieces, dim=2).transpose(1, 2).contiguous(), None
 
 
+def _stock_scored(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    window: int | None,
+    dropout: float,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention under transformers' own mask, as in generation: SDPA would refuse caps and ignore sinks."""
+    if mask is None:
+        mask = bottom_mask(query.shape[2], key.shape[2], window, query.device)
+    visible = mask if mask.dtype == torch.bool else mask >= 0
+    scored = _scored_attention(
+        query, key, value, visible[..., : key.shape[2]], dropout=dropout, scaling=scaling, softcap=softcap, sinks=sinks
+    )
+    return scored.transpose(1, 2).contiguous()
+
+
 def _scored_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -117,23 +140,24 @@ def _scored_attention(
     """Attention of one segment or tree with its scores in memory, for what SDPA cannot do to them.
 
     Args:
-        query: `[1, heads, time, head_dim]`.
-        key: `[1, kv_heads, time, head_dim]`.
+        query: `[batch, heads, time, head_dim]`.
+        key: `[batch, kv_heads, keys, head_dim]`.
         value: as `key`.
-        visible: boolean `[time, time]`: which keys a query sees.
+        visible: boolean `[time, keys]` or `[batch, 1, time, keys]`: which keys a query sees. One that sees none
+            (padding) gets the mean of all values.
         dropout: of the attention weights.
         scaling: factor on the scores; None means `head_dim ** -0.5`.
         softcap: c of `c tanh(scores / c)`, or None.
         sinks: `[heads]` logits of an empty key that takes weight and gives nothing, or None.
     """
-    heads, length = query.shape[1], query.shape[2]
+    heads, length = query.shape[1], key.shape[2]
     key, value = (states.repeat_interleave(heads // states.shape[1], dim=1) for states in (key, value))
     scores = query @ key.transpose(2, 3) * (query.shape[3] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~visible, float("-inf"))
+    scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
     if sinks is not None:
-        scores = torch.cat([scores, sinks.reshape(1, heads, 1, 1).expand(1, heads, length, 1)], dim=-1)
+        scores = torch.cat([scores, sinks.reshape(1, heads, 1, 1).expand(*scores.shape[:3], 1)], dim=-1)
     weights = torch.softmax(scores.float(), dim=-1).to(query.dtype)[..., :length]
     return F.dropout(weights, dropout) @ value
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from llamafactory.model.memory import (
+    HEAP_OVERHEAD,
     HeadShape,
     MemoryForecast,
     StepShape,
@@ -110,6 +111,7 @@ class CostModel:
         self,
         batch: MicroBatch,
         *,
+        device: str,
         is_flat: bool,
         every: int,
         chunk_rows: int | None,
@@ -119,9 +121,10 @@ class CostModel:
         """The peak of a run whose largest micro-batch is `batch`."""
         lengths = batch.lengths if is_flat else (_padded(max(batch.lengths)),)
         rows = 1 if is_flat else len(batch.lengths)
+        trace = self.trace(rows, lengths, is_flat)
         return forecast_memory(
             self.count,
-            self.trace(rows, lengths, is_flat),
+            trace,
             step=StepShape(
                 tokens=rows * sum(lengths), targets=batch.targets, num_micro_batches=batch.num_micro_batches
             ),
@@ -137,6 +140,7 @@ class CostModel:
             process_bytes=process_bytes,
             cast_copies=self._casts,
             snapshot_bytes=snapshot_bytes,
+            heap_overhead=HEAP_OVERHEAD if device == "cpu" and not trace.is_fused else 0.0,
         )
 
     def work(self, workload: Workload, *, every: int, num_devices: int, device: str, rate: float | None) -> Work:

@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from llamafactory.extras.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from llamafactory.extras.hardware import Hardware
     from llamafactory.hparams.run_config import RunConfig
     from llamafactory.model.family import Family
 
 
 def choose_layout(
-    cfg: RunConfig, model_type: str, family: Family, hardware: Hardware
+    cfg: RunConfig, model_config: PreTrainedConfig, family: Family, hardware: Hardware
 ) -> tuple[Literal["flat", "padded"], str, str]:
     """Layout, name of the attention implementation, and the reason.
 
     Args:
         cfg: the resolved configuration.
-        model_type: of the model's config.
-        family: what is known about that type.
+        model_config: the model's config.
+        family: what is known about its type.
         hardware: the machine.
 
     Raises:
         ConfigError: a switch asks for what this model or machine cannot do.
     """
-    choice = cfg.model.flash_attn
+    choice, model_type = cfg.model.flash_attn, model_config.model_type
     packs = bool(cfg.data.packing or cfg.data.neat_packing)
-    stock = {"disabled": "eager", "fa2": "flash_attention_2", "fa3": "flash_attention_3"}.get(choice, "sdpa")
     if choice in ("fa2", "fa3") and hardware.device != "cuda":
         raise refusal(
             "flash_attn", choice, f"needs a CUDA device; this run is on {hardware.device}", "flash_attn: auto"
@@ -38,10 +39,26 @@ def choose_layout(
     if packs:
         why = f"flash_attn {choice}" if family.segments else f"model type {model_type!r}"
         raise refusal("packing", "true", f"packing has no proven leak-free path with {why}", "packing: false")
+    stock = stock_attention(model_config)
+    if choice == "sdpa" and stock != "sdpa":
+        raise refusal("flash_attn", choice, f"model type {model_type!r} has no SDPA attention", "flash_attn: auto")
+    asked = {"disabled": "eager", "fa2": "flash_attention_2", "fa3": "flash_attention_3"}.get(choice, stock)
     reason = (
         f"flash_attn: {choice}" if family.segments else f"model type {model_type!r} has no proven padding-free path"
     )
-    return "padded", stock, f"right-padded batches of rows of similar length; {reason}"
+    if choice == "auto" and stock == "eager":
+        reason += "; eager attention, because it has no SDPA attention either"
+    return "padded", asked, f"right-padded batches of rows of similar length; {reason}"
+
+
+def stock_attention(model_config: PreTrainedConfig) -> Literal["sdpa", "eager"]:
+    """What transformers itself runs this model with: SDPA, or eager where its class refuses that (caps, ALiBi)."""
+    from transformers import AutoModelForCausalLM
+
+    mapping: Any = AutoModelForCausalLM._model_mapping  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+    found: Any = mapping[type(model_config)] if type(model_config) in mapping else None
+    kind = found[0] if isinstance(found, tuple) else found
+    return "sdpa" if getattr(kind, "_supports_sdpa", True) else "eager"
 
 
 def choose_blocks(cfg: RunConfig, model_type: str, family: Family, is_plain: bool) -> tuple[bool, str]:

@@ -17,6 +17,12 @@ LOGITS_COPIES = 2
 """Float32 copies of a chunk of logits that the fused head has at once: the logits, and one temporary."""
 UNFUSED_LOGITS_COPIES = 3
 """Copies of all supervised logits without the fused head: logits, their float32 form or log-softmax, the gradient."""
+HEAP_OVERHEAD = 0.65
+"""Holes in the heap of a CPU process, as a share of the activations kept by a model's own forward pass.
+
+Its many temporaries lie between the tensors that are kept. glibc does not fill a hole with an aligned tensor of the
+same size, so the heap grows; with every tensor mapped by itself the holes are gone, at twice the CPU time. Measured:
+0.55 to 0.87 of the kept bytes for eager, SDPA and segment attention. The fused blocks have few temporaries."""
 DEVICE_SHARE = 0.94
 """Share of a GPU's memory that is usable: the rest goes to fragmentation."""
 
@@ -109,6 +115,7 @@ def forecast_memory(
     process_bytes: int,
     cast_copies: int = 0,
     snapshot_bytes: int = 0,
+    heap_overhead: float = 0.0,
 ) -> MemoryForecast:
     """Adds up the peak of an optimizer step.
 
@@ -122,6 +129,7 @@ def forecast_memory(
         process_bytes: before the model is loaded.
         cast_copies: bytes of low-precision copies of trained weights that autocast keeps.
         snapshot_bytes: copy of weights and optimizer that is written while training goes on.
+        heap_overhead: holes between kept activations, as a share of them; see `HEAP_OVERHEAD`.
     """
     logits = _logits_bytes(step, head)
     moments = _moments(count, trace, every, logits, keeps_gradients=step.num_micro_batches > 1)
@@ -134,7 +142,7 @@ def forecast_memory(
         activations=activations,
         logits=logits,
         checkpoint=snapshot_bytes,
-        workspace=_backward_bytes(trace) + cast_copies,
+        workspace=_backward_bytes(trace) + cast_copies + int(heap_overhead * trace.small * activations),
     )
 
 

@@ -141,7 +141,7 @@ def plan_training(
     if cfg.train.fp16 and hardware.device == "cpu":
         raise refusal("fp16", "true", "float16 training needs a GPU, and this run is on a CPU", "fp16: false")
     weight_dtype, autocast, reasons["weight_dtype"] = training_dtype(cfg)
-    layout, attention, reasons["layout"] = choose_layout(cfg, model_config.model_type, family, hardware)
+    layout, attention, reasons["layout"] = choose_layout(cfg, model_config, family, hardware)
     is_plain = layout == "flat" and hardware.device == "cpu" and (weight_dtype, autocast) == ("float32", "no")
     fused_blocks, reasons["fused_blocks"] = choose_blocks(cfg, model_config.model_type, family, is_plain)
     workload = (workload_of or _assumed(num_devices))(cfg, layout == "padded")
@@ -161,6 +161,7 @@ def plan_training(
         def memory(limit: int | None, every: int) -> MemoryForecast:
             return model.memory(
                 workload.largest(limit),
+                device=hardware.device,
                 is_flat=layout == "flat",
                 every=every,
                 chunk_rows=chunk_rows,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -24,6 +24,9 @@ from llamafactory.model.kernels.mlp import mlp
 from llamafactory.model.kernels.rotary import Rotation
 from llamafactory.model.skeleton import decoder_blocks, transformer_of
 
+HEAP_LIMIT = 32 * 2**20
+"""Bytes from which glibc maps a tensor by itself (its largest M_MMAP_THRESHOLD) and gives it back whole."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ActivationTrace:
@@ -33,11 +36,15 @@ class ActivationTrace:
         blocks: inside each decoder block, in order.
         outside: by embedding, final norm and everything else that is in no block.
         boundary: the input of one block, which is all that a recomputed block keeps.
+        small: share of all these bytes in tensors below 32 MiB, which the C library takes from its heap.
+        is_fused: the blocks went through `model.kernels`.
     """
 
     blocks: tuple[int, ...]
     outside: int
     boundary: int
+    small: float = 1.0
+    is_fused: bool = False
 
     @property
     def num_blocks(self) -> int:
@@ -87,7 +94,7 @@ def trace_activations(
     if fused is not None:
         with recorder.saving(), _MetaAttention(), torch.device("meta"):
             _run_fused(stack, ids, fused, lengths, recorder)
-        return recorder.result()
+        return replace(recorder.result(), is_fused=True)
     options: dict[str, Any] = {"segment_lengths": tuple(lengths)} if is_flat else {}
     with _replaced_experts(model), recorder.watching(), _MetaAttention(), torch.device("meta"):
         stack(input_ids=ids, position_ids=ids, attention_mask=no_mask("meta"), use_cache=False, **options)
@@ -120,7 +127,7 @@ class _Recorder:
         tensors = [*model.parameters(), *model.buffers()]
         self._seen = {_address(tensor): tensor.untyped_storage() for tensor in tensors}
         self._sizes = [0] * len(self._blocks)
-        self._outside = self._boundary = 0
+        self._outside = self._boundary = self._small = 0
         self._running: int | None = None
 
     @contextmanager
@@ -150,7 +157,13 @@ class _Recorder:
         self._running = None
 
     def result(self) -> ActivationTrace:
-        return ActivationTrace(blocks=tuple(self._sizes), outside=self._outside, boundary=self._boundary)
+        total = self._outside + sum(self._sizes)
+        return ActivationTrace(
+            blocks=tuple(self._sizes),
+            outside=self._outside,
+            boundary=self._boundary,
+            small=self._small / total if total else 1.0,
+        )
 
     def _enter(self, index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -165,6 +178,7 @@ class _Recorder:
         storage = tensor.untyped_storage()
         if _address(tensor) not in self._seen:
             self._seen[_address(tensor)] = storage  # kept, so that its address is not used again
+            self._small += storage.nbytes() if storage.nbytes() < HEAP_LIMIT else 0
             if self._running is None:
                 self._outside += storage.nbytes()
             else:

@@ -55,7 +55,7 @@ def tree_attention(
                     value[:, :, trunk],
                     attn_mask=None
                     if sees_all
-                    else _mask(prefix + first, prefix + first, sliding_window, query.device),
+                    else bottom_mask(prefix + first, prefix + first, sliding_window, query.device),
                     dropout_p=dropout,
                     is_causal=sees_all,
                     scale=scaling,
@@ -74,7 +74,7 @@ def tree_attention(
                     query[:, :, own],
                     torch.cat([key[:, :, stem], key[:, :, own]], dim=2),
                     torch.cat([value[:, :, stem], value[:, :, own]], dim=2),
-                    attn_mask=_mask(suffix, prefix + suffix, sliding_window, query.device),
+                    attn_mask=bottom_mask(suffix, prefix + suffix, sliding_window, query.device),
                     dropout_p=dropout,
                     scale=scaling,
                     enable_gqa=grouped,
@@ -85,7 +85,7 @@ def tree_attention(
 
 
 @lru_cache(maxsize=64)  # every layer of a pass asks for the same ones
-def _mask(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor:
+def bottom_mask(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor:
     """Boolean `[queries, keys]`: the queries are the last positions of the keys, causal, banded by the window."""
     distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)[None, :]
     return (distance >= 0) if window is None else (distance >= 0) & (distance < window)

@@ -13,6 +13,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from llamafactory.chat.engine import Piece
 from llamafactory.extras.hardware import read_hardware
+from llamafactory.model.layout import stock_attention
 from llamafactory.model.loader import adapter_folders, load_model, load_model_config, load_tokenizer
 from llamafactory.model.method import apply_method
 from llamafactory.model.plan import inference_dtype
@@ -33,7 +34,7 @@ class Engine:
         config = load_model_config(cfg.model)
         stored = str(config.dtype).removeprefix("torch.") if config.dtype is not None else None
         dtype = inference_dtype(cfg.model.infer_dtype, stored, hardware)
-        attention = _ATTENTION.get(cfg.model.flash_attn, "sdpa")
+        attention = _ATTENTION.get(cfg.model.flash_attn) or stock_attention(config)
         base = load_model(cfg.model, dtype=dtype, attention=attention, device=hardware.device)
         self.model: Any = apply_method(
             base, cfg.train.finetuning_type, cfg.adapter_options, adapters=adapter_folders(cfg.model), trainable=False
