@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llamafactory.hparams.run_config import RunConfig
@@ -129,6 +129,7 @@ def _run_child(command: Sequence[str], environment: Mapping[str, str], output_di
 
     torchrun ends with a trace and status 1 where a signal stops it; the run's own record tells what really happened.
     """
+    before = _record_of(output_dir)
     child = subprocess.Popen(command, env=environment)
     received: list[int] = []
 
@@ -139,26 +140,30 @@ def _run_child(command: Sequence[str], environment: Mapping[str, str], output_di
 
     names = ("SIGTERM", "SIGINT", "SIGUSR1")
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    before = {number: signal.signal(number, note_and_pass_on) for number in numbers}
+    handlers = {number: signal.signal(number, note_and_pass_on) for number in numbers}
     try:
         code = child.wait()
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
-    summary = _interruption(output_dir) if output_dir and received and code else None
-    if summary:
-        print(summary, file=sys.stderr)
-        return 130 if received[0] == signal.SIGINT else 143
+    if code and output_dir:
+        stopped_as = 130 if received and received[0] == signal.SIGINT else 143
+        record = _record_of(output_dir)
+        if record.get("state") == "interrupted" and record != before:
+            print(record.get("summary"), file=sys.stderr)
+            return int(record.get("exit_code", stopped_as))
+        if received and record == before:  # the processes ended before there was a run to write about
+            print(f"stopped by {signal.Signals(received[0]).name} before the first step", file=sys.stderr)
+            return stopped_as
     return code if code >= 0 else 128 - code
 
 
-def _interruption(output_dir: Path) -> str | None:
-    """The last line of a run that was stopped by a signal after saving; None where it ended otherwise."""
+def _record_of(output_dir: Path | None) -> dict[str, Any]:
+    """`run.json` of an output folder; empty where there is none."""
     try:
-        record = json.loads((output_dir / "run.json").read_text(encoding="utf-8"))
+        return {} if output_dir is None else json.loads((output_dir / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
-    return record.get("summary") if record.get("state") == "interrupted" else None
+        return {}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 
@@ -12,6 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from llamafactory.compose import load_config
+from llamafactory.launcher import find_free_port
 from llamafactory.train.tuner import run_exp
 
 pytestmark = pytest.mark.long
@@ -28,11 +28,10 @@ STAGES = {
     "pt": {"stage": "pt", "dataset": "text"},
 }
 LAUNCH = """
-import json, os, sys
+import json, sys
 from llamafactory.compose import load_config
 from llamafactory.train.tuner import run_exp
-for port, options in json.load(open(sys.argv[1])):
-    os.environ["MASTER_PORT"] = str(port)  # a run ends its process group, and the next one meets elsewhere
+for options in json.load(open(sys.argv[1])):
     assert run_exp(load_config(options)).exit_code == 0
 """
 
@@ -58,15 +57,6 @@ def data(tmp_path_factory):
     return folder
 
 
-def free_ports(count):
-    """Ports that nobody listens on; held together so that no two are the same."""
-    held = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [server.getsockname()[1] for server in held]
-    for server in held:
-        server.close()
-    return ports
-
-
 def options(model, data, name, ranks):
     return {
         "model_name_or_path": str(model), "dataset_dir": str(data), "template": "chatml", "do_train": True,
@@ -82,8 +72,9 @@ def runs(tiny_model_dir, data, repo_dir):
     for name in STAGES:
         assert run_exp(load_config(options(tiny_model_dir, data, name, 1))).exit_code == 0
     runs = [options(tiny_model_dir, data, name, 2) for name in STAGES]
-    (data / "runs.json").write_text(json.dumps(list(zip(free_ports(len(runs)), runs, strict=True))))
+    (data / "runs.json").write_text(json.dumps(runs))
     (data / "launch.py").write_text(LAUNCH)
+    port = find_free_port()
     with (data / "errors.txt").open("w") as errors:
         ranks = [
             subprocess.Popen(
@@ -91,7 +82,7 @@ def runs(tiny_model_dir, data, repo_dir):
                 stdout=subprocess.DEVNULL, stderr=errors, cwd=repo_dir,
                 env=os.environ | {"PYTHONPATH": str(repo_dir / "src"), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2",
                                   "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2",
-                                  "MASTER_ADDR": "127.0.0.1"},
+                                  "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
             )
             for rank in (0, 1)
         ]  # fmt: skip

@@ -7,6 +7,10 @@ COMMON = {
     "learning_rate": "1e-2", "num_train_epochs": "3", "logging_steps": "1", "save_steps": "2", "cutoff_len": "64",
     "use_cpu": "true", "save_total_limit": "3",
 }  # fmt: skip
+GRPO = {
+    "stage": "grpo", "dataset": "prompts", "reward_functions": "{folder}/rewards.py:evenness", "max_new_tokens": "6",
+    "num_generations": "4", "num_train_epochs": "1", "log_completions": "0",
+}  # fmt: skip
 CELLS: dict[str, dict[str, str]] = {
     "sft lora": {},
     "sft lora dropout, accumulation": {"lora_dropout": "0.3", "gradient_accumulation_steps": "2", "save_steps": "1"},
@@ -23,6 +27,8 @@ CELLS: dict[str, dict[str, str]] = {
     "kto lora": {"stage": "kto", "dataset": "judged"},
     "rm lora": {"stage": "rm", "dataset": "pairs"},
     "pt full, packed": {"stage": "pt", "dataset": "texts", "finetuning_type": "full", "cutoff_len": "48"},
+    "grpo lora": GRPO,
+    "grpo lora, two passes over each rollout": {**GRPO, "grpo_epochs": "2", "save_steps": "1"},
     "sft lora padded, cosine": {"flash_attn": "disabled", "lr_scheduler_type": "cosine", "warmup_ratio": "0.2"},
 }  # fmt: skip
 _PAIR = {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"}
@@ -32,5 +38,12 @@ DATASETS = {
     "pairs": {"file_name": "pairs.json", "ranking": True, "columns": _PAIR},
     "judged": {"file_name": "judged.json", "columns": _JUDGED},
     "texts": {"file_name": "texts.json", "columns": {"prompt": "text"}},
+    "prompts": {"file_name": "rows.json", "columns": {"prompt": "instruction"}},
 }
 """The `dataset_info.json` beside the rows."""
+
+REWARDS = """
+def evenness(completions):
+    return [sum(ord(letter) % 2 == 0 for letter in text) / (1 + len(text)) for text in completions]
+"""
+"""A Python reward function of a user, `rewards.py`."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.faults.cells import COMMON, DATASETS
+from tests.faults.cells import COMMON, DATASETS, REWARDS
 from tests.faults.harness import Place, Tally, Zygote, zygote
 
 
@@ -56,8 +56,9 @@ def write_place(folder: Path, model: Path, num_rows: int, **changes: str) -> tup
     for name, content in {"pairs": pairs, "judged": judged, "texts": texts}.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
     (folder / "dataset_info.json").write_text(json.dumps(DATASETS))
+    (folder / "rewards.py").write_text(REWARDS)
     options = {"model_name_or_path": str(model), "dataset_dir": str(folder), **COMMON, **changes}
-    return tuple(f"{key}={value}" for key, value in options.items())
+    return tuple(f"{key}={value.replace('{folder}', str(folder))}" for key, value in options.items())
 
 
 @pytest.fixture

@@ -14,7 +14,11 @@ from pathlib import Path
 import psutil
 import pytest
 from safetensors.torch import load_file
+from tests.faults.cells import CELLS
 from tests.faults.harness import ROOT, Place
+
+from llamafactory.launcher import torchrun_command
+from llamafactory.train.checkpoint.manifest import find_fault
 
 pytestmark = pytest.mark.long
 
@@ -85,6 +89,75 @@ def run(place: Place, name: str, ranks: int, *more: str, fault: str = "", code: 
     _, text = process.communicate(timeout=300)
     assert (process.returncode == 0) == (code == 0), text[-4000:]
     return text
+
+
+def test_a_signal_at_one_rank_ends_a_long_step_of_both(make_place):
+    """A step has eight micro-batches of a second; both leave it between two of them, and it is done anew later."""
+    place = make_place(
+        per_device_train_batch_size="1", gradient_accumulation_steps="8", num_train_epochs="2", lora_dropout="0.3",
+        val_size="2", eval_strategy="steps", eval_steps="1", num_rows=18,
+    )  # fmt: skip
+    run(place, "whole", 2)
+    process = start(place, "signalled", 2, fault="micro:*:sleep=1")
+    try:
+        read_until(process, "step 1/")
+        os.kill(ranks_of(process)[1].pid, signal.SIGTERM)
+        _, text = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 143, text[-3000:]
+    last = text.rstrip().splitlines()[-1]
+    assert "stopped by SIGTERM after step 1 of 2, saved in" in last, text[-3000:]
+    assert find_fault(place.folder / "signalled" / "checkpoint-1") is None
+    run(place, "signalled", 2)
+    assert losses_of(place.folder / "signalled") == losses_of(place.folder / "whole")
+
+
+def test_a_signal_ends_the_sampling_of_both_ranks(make_place):
+    place = make_place(**CELLS["grpo lora"], per_device_train_batch_size="1")
+    process = start(place, "sampling", 2, fault="sample:*:sleep=0.5")
+    try:
+        read_until(process, "failpoint sample:*:sleep=0.5")
+        os.kill(ranks_of(process)[0].pid, signal.SIGTERM)
+        _, text = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 143, text[-3000:]
+    assert "stopped by SIGTERM after step 0 of " in text
+
+
+def test_a_signal_while_one_rank_tokenises_and_one_waits(make_place):
+    place = make_place(overwrite_cache="true")
+    process = start(place, "tokenising", 2, fault="data:1:sleep=60")
+    try:
+        read_until(process, "failpoint data:1")
+        process.send_signal(signal.SIGTERM)
+        _, text = process.communicate(timeout=100)
+    finally:
+        process.kill()
+    assert process.returncode == 143, text[-3000:]
+    assert text.rstrip().splitlines()[-1] == "stopped by SIGTERM before the first step"
+    assert not list((place.folder / "tokenising").glob("checkpoint-*"))
+
+
+TWICE = """
+import sys
+from llamafactory.python_api import run_exp
+
+words = dict(word.split("=", 1) for word in sys.argv[1:])
+for name in ("one", "two"):
+    assert run_exp({**words, "output_dir": words["output_dir"] + "/" + name}).exit_code == 0
+"""
+
+
+def test_two_runs_in_the_same_processes(make_place):
+    place = make_place(max_steps="2", per_device_train_batch_size="1")
+    (place.folder / "twice.py").write_text(TWICE)
+    command = torchrun_command([*place.words, f"output_dir={place.folder}"], {}, 2, child_module="twice")
+    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{place.folder}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert losses_of(place.folder / "one") == losses_of(place.folder / "two")
 
 
 def losses_of(folder: Path) -> list[float]:

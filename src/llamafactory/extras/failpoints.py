@@ -2,7 +2,8 @@
 
 Several are joined with commas: `save.file:3:kill,step:7:nan`. Actions: `kill` (SIGKILL to this process), `enospc`
 and `eio` (the OSError of a full or broken disk), `sleep` or `sleep=SECONDS`, and `nan`, which the place carries out.
-The nth visit counts from 1; `*` means every visit. Without the variable a visit costs one look into a mapping.
+The nth visit counts from 1; `*` means every visit. A fault says so on standard error before it acts, so that a test
+knows that it came. Without the variable a visit costs one look into a mapping.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections import Counter
 
 VARIABLE = "LLAMAFACTORY_FAILPOINT"
 NAMES = (
-    "data", "load", "step", "eval", "final", "log",
+    "data", "load", "step", "micro", "eval", "sample", "final", "log",
     "save.start", "save.file", "save.manifest", "save.rename", "save.done", "save.prune",
 )  # fmt: skip
 """The places there are."""
@@ -42,8 +43,16 @@ def visit(name: str) -> bool:
     _visits[name] += 1
     for place, nth, action in _read(os.environ[VARIABLE]):
         if place == name and nth in (0, _visits[name]):
+            _say(f"failpoint {name}:{nth or '*'}:{action}")
             return _act(action)
     return False
+
+
+def _say(line: str) -> None:
+    try:
+        os.write(2, f"{line}\n".encode())
+    except OSError:  # nobody reads it
+        pass
 
 
 def _act(action: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import os
@@ -138,15 +139,28 @@ class RunRecord:
 
 
 def _close_trackers(accelerator: Accelerator) -> None:
-    try:
-        accelerator.end_training()
-    except Exception as error:  # third-party code on a network, after the work is done
-        log.warn(f"a tracker could not be closed ({type(error).__name__}: {error})")
+    for tracker in accelerator.trackers:
+        try:
+            tracker.finish()
+        except Exception as error:  # third-party code on a network, after the work is done
+            log.warn(f"a tracker could not be closed ({type(error).__name__}: {error})")
 
 
 def _forget_accelerator() -> None:
-    """Lets a second run in this process choose its own precision and device; accelerate keeps them for good."""
+    """Lets a second run in this process choose its own precision and device; accelerate keeps them for good.
+
+    The processes stay connected until they end: another run finds the connection, and could not make it again, because
+    the store through which they met still holds the answers of the first time.
+    """
+    if torch.distributed.is_initialized():
+        atexit.unregister(_disconnect)
+        atexit.register(_disconnect)
     AcceleratorState._reset_state(reset_partial_state=True)  # pyright: ignore[reportPrivateUsage]
+
+
+def _disconnect() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def write_outcome(cfg: RunConfig, job: Job, record: RunRecord, result: FitResult | None, plan: ModelPlan) -> RunResult:
@@ -293,7 +307,7 @@ def _interrupted(job: Job, record: RunRecord, result: FitResult) -> RunResult:
     code = EXIT_NOT_SAVED if result.save_failure else exit_code_of(result.stop_signal)
     if job.accelerator.is_main_process:
         try:
-            record.write("interrupted", steps=result.state.step, summary=summary)
+            record.write("interrupted", steps=result.state.step, summary=summary, exit_code=code)
         except OSError as error:
             log.warn(f"{record.path} cannot be written: {error}")
     log.info(summary)

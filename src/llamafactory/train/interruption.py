@@ -1,4 +1,10 @@
-"""Where a signal may end a run: between micro-batches, and the same place in every process."""
+"""Where a signal may end a run: between micro-batches, and at the same one in every process.
+
+One process looks at its own flag before each micro-batch, and before each token that it samples. Several must leave a
+step together, or one waits for ever for sums of the others: they ask each other, about once a second, at micro-batches
+whose number follows from times that all of them know (`agreement`). A rollout they sample each at its own pace: one
+that has a signal stops sampling at once, and all ask at its end.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from llamafactory.extras import failpoints
+from llamafactory.train.agreement import Turns
 from llamafactory.train.rollout import Rollouts
 from llamafactory.train.signals import StopRequest, StopSignal
-from llamafactory.train.step import summed
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
     from torch import nn
 
     from llamafactory.train.job import Job
@@ -21,36 +25,23 @@ if TYPE_CHECKING:
 
 @contextmanager
 def interruptible(job: Job, stop: StopRequest) -> Iterator[None]:
-    """Lets a signal end training and evaluation between two micro-batches instead of two optimizer steps.
-
-    With several processes all must leave a step together, so that they agree between steps, and in an evaluation after
-    every 16 batches.
-    """
-    num_batches = 0
+    """Lets a signal end training and evaluation between two micro-batches instead of two optimizer steps."""
+    turns = {is_training: Turns(job.accelerator) for is_training in (True, False)}
 
     def look(module: nn.Module, inputs: Any) -> None:
-        nonlocal num_batches
-        if job.accelerator.num_processes == 1:
-            stop.check()
-        elif not module.training:
-            num_batches += 1
-            if num_batches % 16 == 0 and (number := agreed_signal(job.accelerator, stop)):
-                raise StopSignal(number)
+        failpoints.visit("micro")
+        if number := turns[module.training].ask(stop.signal):
+            raise StopSignal(number)
 
-    handles = [job.module.register_forward_pre_hook(look)]
-    if isinstance(job.feed, Rollouts) and job.accelerator.num_processes == 1:
-        handles.append(job.feed.sampler.register_forward_pre_hook(look))  # once for each token of its answers
+    def look_alone() -> None:
+        failpoints.visit("sample")
+        stop.check()
+
+    handle = job.module.register_forward_pre_hook(look)
+    for feed in (job.feed, *job.evaluation.values()):
+        if isinstance(feed, Rollouts):
+            feed.before_each_token(look_alone)
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
-
-
-def agreed_signal(accelerator: Accelerator, stop: StopRequest) -> int:
-    """The number of the signal that any rank got, or 0; the same on all ranks, which must ask together."""
-    if accelerator.num_processes == 1:
-        return stop.signal
-    flags = torch.zeros(accelerator.num_processes, dtype=torch.int64, device=accelerator.device)
-    flags[accelerator.process_index] = stop.signal
-    return int(summed(accelerator, flags).max())
+        handle.remove()

@@ -17,7 +17,6 @@ from llamafactory.train.checkpoint.snapshot import Snapshot
 from llamafactory.train.checkpoint.state import RunState
 from llamafactory.train.checkpoint.tensors import optimizer_state
 from llamafactory.train.guard import NotFiniteError, SpikeWatch, StepGuard, poison
-from llamafactory.train.interruption import agreed_signal
 from llamafactory.train.job import FitResult, Job
 from llamafactory.train.log import RunLog
 from llamafactory.train.profile import profiling
@@ -146,8 +145,8 @@ class _Run:
             self.evaluate()  # a signal came before the evaluation that belongs to this checkpoint
         with profiling(cfg, self.job.output_dir, self.job.accelerator.process_index) as step_is_over:
             while self.step < self.job.total_steps and not is_patience_over(self.best, cfg.early_stopping_steps):
-                if number := agreed_signal(self.job.accelerator, stop):
-                    raise StopSignal(number)
+                if self.job.accelerator.num_processes == 1:  # several ask each other before micro-batches
+                    stop.check()
                 self.train_step()
                 step_is_over()
                 if self.step == self.job.start.step + 1:

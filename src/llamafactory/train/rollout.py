@@ -30,7 +30,6 @@ from llamafactory.train.experience import (
     to_tensors,
 )
 from llamafactory.train.feed import Window
-from llamafactory.train.logprob import unwrap_peft
 from llamafactory.train.rollout_draw import Dealer, Drawn, Table
 from llamafactory.train.rollout_rules import Judged, as_metric
 
@@ -103,10 +102,9 @@ class Rollouts:
         self._next_step = 0
         self.journal: CompletionsFile | None = None
 
-    @property
-    def sampler(self) -> torch.nn.Module:
-        """The language model that samples, without its peft wrapper."""
-        return unwrap_peft(self._table.policy())
+    def before_each_token(self, look: Callable[[], None]) -> None:
+        """Has `look` called before each token that this process samples; it may raise StopSignal."""
+        self._dealer.look = look
 
     @property
     def examples(self) -> Sequence[int]:

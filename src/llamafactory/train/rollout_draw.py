@@ -14,10 +14,13 @@ from torch import Tensor
 from llamafactory.extras import log
 from llamafactory.model.generation import Completion, complete
 from llamafactory.model.sampling import Sampling, row_seed
+from llamafactory.train.agreement import agree
 from llamafactory.train.experience import Experience, ExperienceBatch, collate_experience, micro_batches
+from llamafactory.train.logprob import unwrap_peft
 from llamafactory.train.metrics import summed
 from llamafactory.train.rewards.answer import Answer
 from llamafactory.train.rollout_rules import Played, RolloutRules, as_metric
+from llamafactory.train.signals import StopSignal
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -93,6 +96,7 @@ class Dealer:
             accelerator: of the run.
         """
         self._prompts, self._items, self.table, self._accelerator = prompts, items, table, accelerator
+        self.look: Callable[[], None] = lambda: None
 
     def draw(self, shares: Sequence[Sequence[Item]], group: int, seed: tuple[int, ...], *, num_redraws: int) -> Drawn:
         """Answers to this process's prompts, and what all processes know of all answers.
@@ -102,24 +106,19 @@ class Dealer:
             group: answers to a prompt.
             seed: of this rollout.
             num_redraws: how often prompts whose answers all earn the same are replaced.
+
+        Raises:
+            StopSignal: any process was told to stop; all of them raise it.
         """
-        rank = self._accelerator.process_index
-        first = sum(len(share) for share in shares[:rank])
-        items = list(shares[rank])
-        samples = self._sample(items, group, seed)
-        num_redrawn = 0
-        for redraw in range(1, num_redraws + 1):
-            flat = [place for place, (_, _, scores) in enumerate(samples) if np.ptp(scores.total) <= 1e-8]
-            if not flat:
-                break
-            num_redrawn += len(flat)
-            for place in flat:
-                draw = np.random.default_rng([self.table.seed, *seed, redraw, first + place])
-                every = self._items
-                items[place] = every[int(draw.integers(len(every)))]
-            again = self._sample([items[place] for place in flat], group, (*seed, redraw))
-            for place, sample in zip(flat, again, strict=True):
-                samples[place] = sample
+        first = sum(len(share) for share in shares[: self._accelerator.process_index])
+        items = list(shares[self._accelerator.process_index])
+        samples, num_redrawn, signal = [], 0, 0
+        try:
+            samples, num_redrawn = self._samples(items, first, group, seed, num_redraws)
+        except StopSignal as stopped:
+            signal = stopped.number
+        if number := agree(self._accelerator, signal)[0]:
+            raise StopSignal(number)
         total = sum(len(share) for share in shares)
         filled = self.total(self._filled(samples, first, total, group)).numpy()
         played = Played(
@@ -146,6 +145,26 @@ class Dealer:
             scored=[(answers, scores) for answers, _, scores in samples],
         )  # fmt: skip
 
+    def _samples(
+        self, items: list[Item], first: int, group: int, seed: tuple[int, ...], num_redraws: int
+    ) -> tuple[list[tuple[list[Answer], list[Completion], Scores]], int]:
+        """Answers to prompts, and how many prompts were replaced; `items` then holds those that took their place."""
+        samples = self._sample(items, group, seed)
+        num_redrawn = 0
+        for redraw in range(1, num_redraws + 1):
+            flat = [place for place, (_, _, scores) in enumerate(samples) if np.ptp(scores.total) <= 1e-8]
+            if not flat:
+                break
+            num_redrawn += len(flat)
+            for place in flat:
+                draw = np.random.default_rng([self.table.seed, *seed, redraw, first + place])
+                every = self._items
+                items[place] = every[int(draw.integers(len(every)))]
+            again = self._sample([items[place] for place in flat], group, (*seed, redraw))
+            for place, sample in zip(flat, again, strict=True):
+                samples[place] = sample
+        return samples, num_redrawn
+
     def _sample(
         self, items: Sequence[Item], group: int, seed: tuple[int, ...]
     ) -> list[tuple[list[Answer], list[Completion], Scores]]:
@@ -156,7 +175,8 @@ class Dealer:
         groups = [[self._prompts[index] for index in item] for item in items]
         prompts = [group_of[0].input_ids.tolist() for group_of in groups]
         seeds = [[row_seed(table.seed, *seed, row, number) for number in range(group)] for row in rows]
-        with self._accelerator.autocast():
+        watched = unwrap_peft(table.policy()).register_forward_pre_hook(lambda module, inputs: self.look())
+        with self._accelerator.autocast(), watched:
             completions = complete(
                 table.policy(), prompts, table.sampling, seeds=seeds, pad_id=table.pad_id,
                 rows_at_once=table.rows_at_once,

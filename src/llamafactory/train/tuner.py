@@ -98,7 +98,7 @@ def _run(cfg: RunConfig, claim: Claim, stop: StopRequest) -> RunResult:
     record = finish.RunRecord.start(
         cfg, claim, plan=plan, data=data, policy=policy, num_processes=accelerator.num_processes
     )
-    watch = watching(accelerator, partial(record.write_end, accelerator))
+    watch = watching(accelerator, stop, partial(record.write_end, accelerator))
     with record.closing(accelerator), watch, memory_use.explained(plan):
         job = build.assemble_job(
             cfg,

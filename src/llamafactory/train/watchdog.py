@@ -4,7 +4,7 @@ A process that is stopped or dead cannot speak, so that each one says every seco
 counter and the line that its main thread is in to the key-value store through which the processes found each other.
 Who sees a counter stand still for `SILENT_POLLS` of its own seconds names that rank, ends it where it runs on the same
 machine, and ends itself. A process that hangs in a step still counts on; the time-out of the collective ends it
-(`ddp_timeout`).
+(`ddp_timeout`). A signal to stop that only one process got reaches the others on the same way.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from llamafactory.train.run_lock import boot_id
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from llamafactory.train.signals import StopRequest
+
 SILENT_POLLS = 20
 POLL_SECONDS = 1.0
 EXIT_CODE = 1
@@ -36,11 +38,12 @@ _PREFIX = "llamafactory/heartbeat"
 
 
 @contextmanager
-def watching(accelerator: Accelerator, on_end: Callable[[str], None]) -> Iterator[None]:
+def watching(accelerator: Accelerator, stop_request: StopRequest, on_end: Callable[[str], None]) -> Iterator[None]:
     """Watches the other processes of a run while the block runs; alone it does nothing.
 
     Args:
         accelerator: of the run.
+        stop_request: of this process; a signal that it got is passed on.
         on_end: gets the reason before this process is ended, to write it down.
     """
     store = _connect() if accelerator.num_processes > 1 else None
@@ -49,7 +52,7 @@ def watching(accelerator: Accelerator, on_end: Callable[[str], None]) -> Iterato
         return
     stop = threading.Event()
     main = threading.main_thread().ident or 0
-    dog = _Watchdog(store, accelerator.process_index, accelerator.num_processes, main, on_end)
+    dog = Watchdog(store, accelerator.process_index, accelerator.num_processes, main, stop_request, on_end)
     thread = threading.Thread(target=dog.run, args=(stop,), name="watchdog", daemon=True)
     thread.start()
     try:
@@ -72,11 +75,24 @@ def _connect() -> Any:
         return None
 
 
-class _Watchdog:
+class Watchdog:
     """One process's view of all others."""
 
-    def __init__(self, store: Any, rank: int, world: int, main: int, on_end: Callable[[str], None]) -> None:
+    def __init__(
+        self, store: Any, rank: int, world: int, main: int, stop_request: StopRequest, on_end: Callable[[str], None]
+    ) -> None:
+        """Nothing is said yet.
+
+        Args:
+            store: with `set`, `get` and `check`, shared by all.
+            rank: of this process.
+            world: how many there are.
+            main: ident of the thread that works.
+            stop_request: of this process.
+            on_end: see `watching`.
+        """
         self._store, self._rank, self._world, self._main, self._on_end = store, rank, world, main, on_end
+        self._stop_request = stop_request
         self._count = 0
         self._lock = threading.Lock()
         self._seen: dict[int, tuple[int, int]] = {}  # rank -> its counter, and our polls since it moved
@@ -86,7 +102,7 @@ class _Watchdog:
         while not stop.wait(POLL_SECONDS):
             try:
                 self.say()
-                silent = self._silent_rank()
+                silent = self.silent_rank()
             except RuntimeError as error:
                 log.debug(f"the watchdog lost the store: {error}")
                 return
@@ -98,20 +114,27 @@ class _Watchdog:
         with self._lock:
             self._count += 1
             beat = {"count": self._count, "done": is_done, "pid": os.getpid(), "host": socket.gethostname(),
-                    "boot_id": boot_id(), "line": where(self._frame())}  # fmt: skip
+                    "boot_id": boot_id(), "signal": self._stop_request.signal,
+                    "line": where(self._frame())}  # fmt: skip
             try:
                 self._store.set(f"{_PREFIX}/{self._rank}", json.dumps(beat))
             except RuntimeError:
                 if not is_done:
                     raise
 
-    def _silent_rank(self) -> dict[str, Any] | None:
-        """The last sign of life of a rank that has given none for too long, or None."""
+    def silent_rank(self) -> dict[str, Any] | None:
+        """Hears all others.
+
+        Returns:
+            The last sign of life of a rank that has given none for too long, or None.
+        """
         for rank in range(self._world):
             key = f"{_PREFIX}/{rank}"
             if rank == self._rank or not self._store.check([key]):
                 continue
             beat = json.loads(self._store.get(key))
+            if beat["signal"] and not self._stop_request.signal and not beat["done"]:
+                os.kill(os.getpid(), beat["signal"])  # as if this process had got it too
             count, polls = self._seen.get(rank, (-1, 0))
             self._seen[rank] = (beat["count"], polls + 1 if beat["count"] == count else 0)
             if self._seen[rank][1] >= SILENT_POLLS and not beat["done"]:
