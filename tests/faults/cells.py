@@ -11,6 +11,7 @@ GRPO = {
     "stage": "grpo", "dataset": "prompts", "reward_functions": "{folder}/rewards.py:evenness", "max_new_tokens": "6",
     "num_generations": "4", "num_train_epochs": "1", "log_completions": "0",
 }  # fmt: skip
+STREAMED = {"streaming": "true", "max_steps": "20", "buffer_size": "5"}
 CELLS: dict[str, dict[str, str]] = {
     "sft lora": {},
     "sft lora dropout, accumulation": {"lora_dropout": "0.3", "gradient_accumulation_steps": "2", "save_steps": "1"},
@@ -27,6 +28,12 @@ CELLS: dict[str, dict[str, str]] = {
     "kto lora": {"stage": "kto", "dataset": "judged"},
     "rm lora": {"stage": "rm", "dataset": "pairs"},
     "pt full, packed": {"stage": "pt", "dataset": "texts", "finetuning_type": "full", "cutoff_len": "48"},
+    "sft lora, streamed": STREAMED,
+    "sft full, streamed from two sources, packed": {
+        **STREAMED, "dataset": "rows,more", "mix_strategy": "interleave_over", "interleave_probs": "0.7,0.3",
+        "packing": "true", "finetuning_type": "full", "save_steps": "1", "gradient_accumulation_steps": "2",
+    },
+    "dpo lora, streamed": {**STREAMED, "stage": "dpo", "dataset": "pairs"},
     "grpo lora": GRPO,
     "grpo lora, two passes over each rollout": {**GRPO, "grpo_epochs": "2", "save_steps": "1"},
     "sft lora padded, cosine": {"flash_attn": "disabled", "lr_scheduler_type": "cosine", "warmup_ratio": "0.2"},
@@ -35,6 +42,7 @@ _PAIR = {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"}
 _JUDGED = {"prompt": "instruction", "response": "output", "kto_tag": "kto_tag"}
 DATASETS = {
     "rows": {"file_name": "rows.json"},
+    "more": {"file_name": "more.jsonl"},
     "pairs": {"file_name": "pairs.json", "ranking": True, "columns": _PAIR},
     "judged": {"file_name": "judged.json", "columns": _JUDGED},
     "texts": {"file_name": "texts.json", "columns": {"prompt": "text"}},

@@ -50,6 +50,8 @@ def write_place(folder: Path, model: Path, num_rows: int, **changes: str) -> tup
     folder.mkdir(parents=True, exist_ok=True)
     rows = [{"instruction": f"Say {n}.", "output": f"{n} " * (2 + n % 5)} for n in range(num_rows)]
     (folder / "rows.json").write_text(json.dumps(rows))
+    more = [{"instruction": f"And {n}?", "output": f"ünd {n} " * (1 + n % 3)} for n in range(num_rows // 2)]
+    (folder / "more.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in more))
     pairs = [{**row, "chosen": row.pop("output"), "rejected": f"no {n}"} for n, row in enumerate(map(dict, rows))]
     judged = [{**row, "kto_tag": n % 2 == 0} for n, row in enumerate(rows)]
     texts = [{"text": f"{row['instruction']} {row['output']}" * 2} for row in rows]

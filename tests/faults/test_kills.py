@@ -8,7 +8,8 @@ import pytest
 from tests.faults.cells import CELLS
 from tests.faults.harness import Place, compare, kill_at_random
 
-QUICK = ("sft lora dropout, accumulation", "sft full packed, bf16", "sft lora evaluated, best kept")
+QUICK = ("sft lora dropout, accumulation", "sft full packed, bf16", "sft lora evaluated, best kept",
+         "sft lora, streamed")  # fmt: skip
 
 
 def kill_and_compare(make_place, tally, cell: str, kills: int, seed: int) -> None:

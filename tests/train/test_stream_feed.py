@@ -22,6 +22,7 @@ def test_a_resumed_stream_goes_on_with_the_rows_of_an_uninterrupted_run(train_co
     broken = run_exp(train_config(output_dir=str(tmp_path / "broken"), **options)).output_dir
     record = json.loads((broken / "checkpoint-2" / "trainer_state.json").read_text())
     assert record["data"]["row"] == 2 * record["data"]["rows_per_window"]
+    assert record["data"]["drawn"] == {"rows": record["data"]["row"]}  # the realised mix
     resumed = run_exp(
         train_config(
             output_dir=str(tmp_path / "broken"), resume_from_checkpoint=str(broken / "checkpoint-2"), **options

@@ -1,64 +1,37 @@
 """Rows that become examples when a step needs them (`streaming: true`): in bounded memory, the first step at once.
 
 Step N holds the rows `N * size` up to `(N + 1) * size` of an endless stream, whatever became of them: a row that
-cannot be used makes its step smaller. So a step's rows follow from its number; a resumed run passes over the rows
-before it without tokenising them.
+cannot be used makes its step smaller. So a step's rows follow from its number. A resumed run goes on at the place that
+its checkpoint knows, without a look at the rows before it.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from hashlib import sha256
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from llamafactory.data.data_report import BAD_ROWS_NAME, DatasetReport, LostRow
 from llamafactory.data.encoded_rows import RowEncoder
 from llamafactory.data.formats import Record, find_format
-from llamafactory.data.mix import MixStrategy
 from llamafactory.data.records import fill_variables, read_record, require_text_alone
 from llamafactory.data.row_error import RowError
 from llamafactory.data.sources import SourceRow, list_files, read_source
-from llamafactory.data.stream_order import mixed_rows, shuffled_rows
+from llamafactory.data.stream_rows import Mark, StreamOptions, StreamRows, in_order
 from llamafactory.data.table import ExampleTable, ShardBuilder, table_of
 from llamafactory.data.types import DatasetSpec
 from llamafactory.extras.errors import DataError
 from llamafactory.extras.log import warn
 
-Read = tuple[DatasetSpec, SourceRow]
 SAMPLE_ROWS = 64
 _NUM_KEPT = 3
 """Windows that are kept, because the loop may go back by two steps."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StreamOptions:
-    """How rows are read.
-
-    Attributes:
-        strategy: how data sets are mixed, see `Mix`.
-        probs: share of each data set, None takes turns.
-        buffer_size: rows that shuffling looks at; 1 keeps their order.
-        seed: of mixing and shuffling.
-        max_samples: rows of each data set, None: all.
-        num_held_out: first rows of each data set that are left out of training.
-        max_bad_rows: share of bad rows at which the run stops; counted from one buffer of rows on.
-        variables: values for `{{key}}` placeholders.
-    """
-
-    strategy: MixStrategy
-    probs: tuple[float, ...] | None
-    buffer_size: int
-    seed: int
-    max_samples: int | None
-    num_held_out: tuple[int, ...]
-    max_bad_rows: float
-    variables: dict[str, str]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +40,17 @@ class StreamWindow:
 
     table: ExampleTable
     origins: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Kept:
+    """A window, and the state of the stream before it."""
+
+    first: int
+    size: int
+    window: StreamWindow
+    mark: Mark
+    losses: dict[str, Any]
 
 
 class ExampleStream:
@@ -82,9 +66,10 @@ class ExampleStream:
         """Nothing is read yet; `output_dir` is where lost rows are written."""
         self._specs, self._encoder, self._options = tuple(specs), rows, options
         self._output_dir = output_dir
-        self._rows: Iterator[Read] = iter(())
-        self._place = -1  # of the next row; -1 before the stream was opened
-        self._kept: deque[tuple[int, int, StreamWindow]] = deque(maxlen=_NUM_KEPT)
+        self._rows = StreamRows(self._specs, options)
+        self._place = 0  # of the next row
+        self._kept: deque[_Kept] = deque(maxlen=_NUM_KEPT)
+        self._resume: Mapping[str, Any] | None = None
         self._furthest = 0  # rows before this place were counted
         self._reasons: Counter[str] = Counter()
         self._num_bad = 0
@@ -96,19 +81,49 @@ class ExampleStream:
         Raises:
             DataError: unreadable data, too many bad rows, or no rows.
         """
-        for place, length, window in self._kept:
-            if (place, length) == (first, size):
-                return window
-        if self._place < 0 or first < self._place:
-            self._rows, self._place = self._endless(), 0
-        next(islice(self._rows, first - self._place, first - self._place), None)  # passed over, not tokenised
-        chosen = list(islice(self._rows, size))
+        for kept in self._kept:
+            if (kept.first, kept.size) == (first, size):
+                return kept.window
+        self._go_to(first)
+        before = self._rows.mark(), self._losses()
+        chosen = [(self._specs[number], row) for number, row in islice(self._rows, size)]
         self._place = first + size
         window = StreamWindow(
             table=self._encode(chosen, counts_from=first), origins=tuple(row.origin for _, row in chosen)
         )
-        self._kept.append((first, size, window))
+        self._kept.append(_Kept(first=first, size=size, window=window, mark=before[0], losses=before[1]))
         return window
+
+    def state_at(self, first: int) -> dict[str, Any]:
+        """What `restore` needs to begin at place `first`, that of the next window or of a kept one; JSON-able."""
+        if first == self._place:
+            return {"row": first, **self._rows.state_of(self._rows.mark()), "losses": self._losses()}
+        for kept in self._kept:
+            if kept.first == first:
+                return {"row": first, **self._rows.state_of(kept.mark), "losses": kept.losses}
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Has the next window begin where `state_at` was, if that is not behind its first row."""
+        if "epoch" not in state:  # an earlier version's; its rows are read from the first one
+            return
+        self._resume, self._place = state, -1
+        losses = state["losses"]
+        self._furthest, self._num_bad = losses["furthest"], losses["bad"]
+        self._reasons = Counter(losses["reasons"])
+
+    def _losses(self) -> dict[str, Any]:
+        return {"furthest": self._furthest, "bad": self._num_bad, "reasons": dict(self._reasons)}
+
+    def _go_to(self, first: int) -> None:
+        """Makes the row at place `first` the next one."""
+        if first < self._place or self._place < 0:
+            self._rows, self._place = StreamRows(self._specs, self._options), 0
+            if self._resume is not None and self._resume["row"] <= first:
+                self._rows.seek(self._resume)
+                self._place = self._resume["row"]
+        next(islice(self._rows, first - self._place, first - self._place), None)  # passed over, not tokenised
+        self._place = first
 
     def held_out(self) -> ExampleTable:
         """The rows that are left out of training, for evaluation."""
@@ -119,31 +134,15 @@ class ExampleStream:
     @cached_property
     def sample(self) -> ExampleTable:
         """Examples of the first rows, in their order, to judge lengths by before training."""
-        return self._encode(list(islice(self._mixed(), SAMPLE_ROWS)))
+        rows = islice(in_order(self._specs, self._options), SAMPLE_ROWS)
+        return self._encode([(self._specs[number], row) for number, row in rows])
 
     def _read(self, spec: DatasetSpec) -> Iterator[SourceRow]:
         return islice(read_source(spec), self._options.max_samples)
 
-    def _open(self, spec: DatasetSpec, skipped: int) -> Iterator[Read]:
-        return ((spec, row) for row in islice(self._read(spec), skipped, None))
-
-    def _mixed(self) -> Iterator[Read]:
-        options = self._options
-        pairs = zip(self._specs, options.num_held_out, strict=True)
-        sources: list[Callable[[], Iterator[Read]]] = [partial(self._open, spec, number) for spec, number in pairs]
-        return mixed_rows(sources, options.strategy, options.probs, options.seed)
-
-    def _endless(self) -> Iterator[Read]:
-        options = self._options
-        for epoch in count():
-            is_empty = True
-            for row in shuffled_rows(self._mixed(), options.buffer_size, options.seed, epoch):
-                is_empty = False
-                yield row
-            if is_empty:
-                raise DataError("no rows to train on", where="dataset", fix="set a smaller val_size, or more rows")
-
-    def _encode(self, chosen: Sequence[Read], *, counts_from: int | None = None) -> ExampleTable:
+    def _encode(
+        self, chosen: Sequence[tuple[DatasetSpec, SourceRow]], *, counts_from: int | None = None
+    ) -> ExampleTable:
         """The rows as examples; those at places from `counts_from` on are counted, each place once."""
         builder = ShardBuilder()
         names = {row.origin: spec.name for spec, row in chosen}

@@ -10,7 +10,8 @@ from llamafactory.data.data_report import DataReport
 from llamafactory.data.encoded_rows import RowEncoder
 from llamafactory.data.pipeline import PreparedData, as_read, prepare_data
 from llamafactory.data.registry import find_specs
-from llamafactory.data.stream import ExampleStream, StreamOptions, streamed_report
+from llamafactory.data.stream import ExampleStream, streamed_report
+from llamafactory.data.stream_rows import StreamOptions
 from llamafactory.data.types import SourceAccess, Template, ViewName
 from llamafactory.data.views import find_view, refuse_other_data
 from llamafactory.extras.errors import DataError

@@ -252,6 +252,8 @@ def assemble_job(
         scheduler = build_schedule(optimizer, train, total_steps=total_steps)
         if claim.resume_from is not None:
             start = load_state(claim.resume_from)
+            if data.stream is not None:
+                training.restore(start.data)
             if not restore_training(claim.resume_from, optimizer, accelerator.process_index):
                 log.note("this run has more processes than before: rows go on as they were, dropout does not")
             if accelerator.scaler is not None and start.scaler:

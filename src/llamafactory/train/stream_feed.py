@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -104,7 +104,12 @@ class StreamFeed:
 
     def cursor(self, step: int) -> dict[str, Any]:
         """Where in the stream optimizer step `step` (0-based) begins, for a checkpoint; JSON-able."""
-        return {"row": step * self.rows_per_window, "rows_per_window": self.rows_per_window}
+        return {**self.stream.state_at(step * self.rows_per_window), "row": step * self.rows_per_window,
+                "rows_per_window": self.rows_per_window}  # fmt: skip
+
+    def restore(self, cursor: Mapping[str, Any]) -> None:
+        """Has the rows of the next step read from where `cursor` was."""
+        self.stream.restore(cursor)
 
     def one_pass(self, rank: int) -> Iterator[Sequence[Batch]]:
         """A stream has no end; evaluation reads tables."""

@@ -15,7 +15,7 @@ SHARES = st.just("") | (st.integers(-100, -8) | st.integers(0, 100)).map("{}%".f
 
 
 def taken(split: str, count: int) -> list[str]:
-    def read() -> Iterator[SourceRow]:
+    def read(start: object) -> Iterator[SourceRow]:
         return (SourceRow(origin=str(number), values={}) for number in range(count))
 
     return [row.origin for row in take_split(read, split, "rows")]

@@ -45,7 +45,7 @@ def list_cloud_files(url: str) -> list[SourceFile]:
             failures.append(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}")
             continue
         require_one_type([path.rsplit("/", 1)[-1] for path in paths], url, first=url)
-        return [_source_file(filesystem, protocol, path) for path in paths]
+        return [_source_file(filesystem, protocol, path, number) for number, path in enumerate(paths)]
     raise DataError(
         "the file in the cloud cannot be read",
         where=url,
@@ -70,9 +70,10 @@ def _list(protocol: str, url: str, options: dict[str, Any]) -> tuple[Any, list[s
     return filesystem, paths
 
 
-def _source_file(filesystem: Any, protocol: str, path: str) -> SourceFile:
+def _source_file(filesystem: Any, protocol: str, path: str, number: int) -> SourceFile:
     where = f"{protocol}://{path}"
-    return SourceFile(name=path.rsplit("/", 1)[-1], where=where, open=_opener(filesystem, path, where))
+    opener = _opener(filesystem, path, where)
+    return SourceFile(name=path.rsplit("/", 1)[-1], where=where, open=opener, number=number)
 
 
 def _opener(filesystem: Any, path: str, where: str) -> Callable[[], Any]:

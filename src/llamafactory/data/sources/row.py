@@ -5,19 +5,37 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from llamafactory.data.row_error import RowError, describe
 from llamafactory.extras.errors import DataError
 
 
+class Place(NamedTuple):
+    """Where a row begins, so that reading can begin there.
+
+    Attributes:
+        file: number of its file in the data set.
+        number: of its first line or of the row, from 1.
+        offset: of its first byte; 0 in files whose rows are found by their number.
+    """
+
+    file: int
+    number: int
+    offset: int
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceRow:
-    """A row, or what keeps it from being one. `origin` is `file.jsonl:12` (line) or `file.json#12` (12th row)."""
+    """A row, or what keeps it from being one. `origin` is `file.jsonl:12` (line) or `file.json#12` (12th row).
+
+    `place` is None where reading cannot begin there: on a hub.
+    """
 
     origin: str
     values: Mapping[str, object]
     fault: RowError | None = None
+    place: Place | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,16 +47,18 @@ class SourceFile:
         where: the whole path, for messages.
         open: the file's bytes from the start; called once for each reading.
         local: the path on this machine, None in a bucket.
+        number: of the file in its data set.
     """
 
     name: str
     where: str
     open: Callable[[], BinaryIO]
     local: Path | None = None
+    number: int = 0
 
     @classmethod
-    def at(cls, path: Path) -> SourceFile:
-        """A file on this machine."""
+    def at(cls, path: Path, number: int = 0) -> SourceFile:
+        """A file on this machine; `number` is that in its data set."""
 
         def open_local() -> BinaryIO:
             try:
@@ -47,7 +67,11 @@ class SourceFile:
                 where = str(path)
                 raise DataError("the file cannot be read", where=where, found=error.strerror or str(error)) from error
 
-        return cls(name=path.name, where=str(path), open=open_local, local=path)
+        return cls(name=path.name, where=str(path), open=open_local, local=path, number=number)
+
+    def place(self, number: int, offset: int = 0) -> Place:
+        """Where a row of this file begins."""
+        return Place(self.number, number, offset)
 
     @property
     def suffix(self) -> str:
@@ -72,15 +96,15 @@ def json_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return repeated
 
 
-def checked_row(row: object, origin: str) -> SourceRow:
+def checked_row(row: object, origin: str, place: Place | None = None) -> SourceRow:
     """The row, or its fault where it is not an object with each key once."""
     if isinstance(row, RepeatedKeys):
         found = f"the key '{row.key[:40]}' more than once"
         fault = RowError("a repeated key", field=row.key[:40], found=found, expected="each key once")
-        return SourceRow(origin=origin, values={}, fault=fault)
+        return SourceRow(origin=origin, values={}, fault=fault, place=place)
     if not isinstance(row, Mapping):
         fault = RowError(
             "the row is not an object", field="row", found=describe(row), expected='{"column": value, ...}'
         )
-        return SourceRow(origin=origin, values={}, fault=fault)
-    return SourceRow(origin=origin, values=row)
+        return SourceRow(origin=origin, values={}, fault=fault, place=place)
+    return SourceRow(origin=origin, values=row, place=place)

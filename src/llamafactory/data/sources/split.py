@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import NamedTuple
 
-from llamafactory.data.sources.row import SourceRow
+from llamafactory.data.sources.row import Place, SourceRow
 from llamafactory.extras.errors import DataError
 
 _FORM = re.compile(r"train(?:\[\s*(-?\d+%?)?\s*:\s*(-?\d+%?)?\s*\])?")
@@ -41,19 +41,35 @@ def parse_split(split: str, where: str) -> Part:
     return Part(start, stop)
 
 
-def take_split(read: Callable[[], Iterator[SourceRow]], split: str, where: str) -> Iterator[SourceRow]:
+def take_split(
+    read: Callable[[Place | None], Iterator[SourceRow]],
+    split: str,
+    where: str,
+    *,
+    start_at: Place | None = None,
+    num_before: int = 0,
+) -> Iterator[SourceRow]:
     """The rows of a part. Shares and negative numbers need the number of rows, so the rows are read once more.
+
+    Args:
+        read: reads the rows from a place on; None: from the first.
+        split: as the entry says it.
+        where: for errors.
+        start_at: place of the row to begin with; None: the first of the part.
+        num_before: rows of the part before it.
 
     Raises:
         DataError: files have no such split.
     """
     part = parse_split(split, where)
     if part == ("", ""):
-        return read()
+        return read(start_at)
     needs_total = any("%" in end or end.startswith("-") for end in part)
-    total = sum(1 for _ in read()) if needs_total else 0
+    total = sum(1 for _ in read(None)) if needs_total else 0
     start, stop = (_row_number(end, total) for end in part)
-    return islice(read(), start or 0, stop)
+    if start_at is None:
+        return islice(read(None), start or 0, stop)
+    return islice(read(start_at), None if stop is None else max(0, stop - (start or 0) - num_before))
 
 
 def _row_number(end: str, total: int) -> int | None:

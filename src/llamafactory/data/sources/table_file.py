@@ -2,47 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from itertools import accumulate
 from typing import Any
 
-from llamafactory.data.sources.row import SourceFile, SourceRow
+from llamafactory.data.sources.row import Place, SourceFile, SourceRow
 from llamafactory.extras.errors import DataError
 
 _BATCH_ROWS = 1024
 
 
-def read_parquet(file: SourceFile) -> Iterator[SourceRow]:
-    """The rows of a Parquet file, in batches of at most 1,024."""
+def read_parquet(file: SourceFile, start: Place | None = None) -> Iterator[SourceRow]:
+    """The rows of a Parquet file, in batches of at most 1,024; parts of the file before `start` are not read."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    number = 0
     try:
         with _open_filled(file) as stream:
-            for batch in pq.ParquetFile(stream).iter_batches(batch_size=_BATCH_ROWS):
-                for values in batch.to_pylist():
-                    number += 1
-                    yield SourceRow(origin=f"{file.name}#{number}", values=values)
+            table = pq.ParquetFile(stream)
+            sizes = [table.metadata.row_group(place).num_rows for place in range(table.num_row_groups)]
+            ends = list(accumulate(sizes))
+            skipped = 0 if start is None else start.number - 1
+            first = bisect_right(ends, skipped)
+            groups = list(range(first, len(sizes)))
+            batches = table.iter_batches(batch_size=_BATCH_ROWS, row_groups=groups) if groups else ()
+            yield from _rows_of(file, batches, passed=ends[first - 1] if first else 0, skipped=skipped)
     except (pa.ArrowException, OSError) as error:
         raise _unreadable(file, "Parquet", error) from error
 
 
-def read_arrow(file: SourceFile) -> Iterator[SourceRow]:
+def read_arrow(file: SourceFile, start: Place | None = None) -> Iterator[SourceRow]:
     """The rows of an Arrow file, memory-mapped where it is on this machine."""
     import pyarrow as pa
 
-    number = 0
     try:
         _open_filled(file).close()
         source: Any = pa.memory_map(str(file.local)) if file.local else pa.PythonFile(file.open(), mode="r")
         with source:
-            for batch in _arrow_batches(pa, source):
-                for start in range(0, batch.num_rows, _BATCH_ROWS):
-                    for values in batch.slice(start, _BATCH_ROWS).to_pylist():
-                        number += 1
-                        yield SourceRow(origin=f"{file.name}#{number}", values=values)
+            batches = _arrow_batches(pa, source)
+            yield from _rows_of(file, batches, passed=0, skipped=0 if start is None else start.number - 1)
     except (pa.ArrowException, OSError) as error:
         raise _unreadable(file, "Arrow", error) from error
+
+
+def _rows_of(file: SourceFile, batches: Iterable[Any], *, passed: int, skipped: int) -> Iterator[SourceRow]:
+    """The rows of batches, of which the first follows `passed` rows of the file, without its first `skipped`."""
+    for batch in batches:
+        first = min(batch.num_rows, max(0, skipped - passed))
+        for start in range(first, batch.num_rows, _BATCH_ROWS):
+            for number, values in enumerate(batch.slice(start, _BATCH_ROWS).to_pylist(), start=passed + start + 1):
+                yield SourceRow(origin=f"{file.name}#{number}", values=values, place=file.place(number))
+        passed += batch.num_rows
 
 
 def _arrow_batches(pa: Any, source: Any) -> Iterator[Any]:
