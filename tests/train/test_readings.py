@@ -55,10 +55,59 @@ def test_a_plain_fine_tuning_gets_no_remark():
     assert read_run(rows(loss=[3.0, 2.0, 1.5], eval_loss=[2.5, 1.9])) == []
 
 
+RISING = {
+    "loss": [0.0, -0.01, 0.01, 0.0, -0.01, 0.0, 0.01, 0.0],
+    "reward": [0.29, 0.35, 0.52, 0.66, 0.78, 0.85, 0.9, 0.92],
+    "reward_std": [0.44, 0.45, 0.48, 0.45, 0.4, 0.33, 0.28, 0.25],
+    "rewards/json": [0.29, 0.35, 0.52, 0.66, 0.78, 0.85, 0.9, 0.92],
+    "gold/parses": [0.2, 0.25, 0.4, 0.5, 0.6, 0.62, 0.7, 0.71],
+    "flat_groups": [0.1, 0.0, 0.0, 0.1, 0.2, 0.3, 0.4, 0.5],
+    "entropy": [1.6, 1.5, 1.4, 1.2, 1.0, 0.9, 0.8, 0.7],
+    "completion_length": [60.0, 61.0, 58.0, 62.0, 60.0, 64.0, 66.0, 65.0],
+    "completions_cut": [0.3, 0.3, 0.2, 0.2, 0.1, 0.1, 0.1, 0.1],
+    "kl": [0.0, 0.001, 0.004, 0.01, 0.02, 0.03, 0.05, 0.06],
+    "clipped": [0.0, 0.0, 0.01, 0.02, 0.02, 0.03, 0.02, 0.02],
+    "ratio_off": [0.0, 0.01, 0.02, 0.02, 0.03, 0.03, 0.03, 0.03],
+    "logp_gap/p95": [1e-6] * 8,
+    "logp_gap/max": [1e-5] * 8,
+}
+
+
+def test_a_rising_reward_gets_no_remark():
+    assert read_run(rows(**RISING)) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"reward": [0.3, 0.31, 0.29, 0.3, 0.3]}, "The reward went from 0.30 to 0.30 over 5 rollouts"),
+        ({"reward": [0.3, 0.31, 0.29, 0.3, 0.1], "reward_std": [], "value_loss": [0.1]}, "smaller ppo_kl_coefficient"),
+        ({"flat_groups": [0.9, 1.0]}, "all answers to 100% of the prompts earn the same (reward 0.91)"),
+        ({"entropy": [2.0, 1.0, 0.2, 0.1]}, "The entropy fell from 2.00 to 0.10 nats a token"),
+        ({"logp_gap/p95": [0.01, 0.2], "logp_gap/max": [0.1, 3.0]}, "differ by 0.20 nats or more (at most 3.0)"),
+        ({"completions_cut": [0.1, 0.9]}, "90% of the answers are cut"),
+        ({"completion_length": [20.0, 30.0, 45.0, 60.0]}, "3.0 times as long (60 tokens)"),
+        ({"kl": [0.0, 1.5]}, "1.5 nats a token away"),
+        ({"kl": [0.0, 45.0], "kl_coefficient": [0.2], "flat_groups": []}, "45 nats away from where the model began"),
+        ({"clipped": [0.0, 0.45], "ratio_off": [0.0, 0.3]}, "45% of the tokens are clipped"),
+        ({"gold/parses": [0.5, 0.4, 0.3, 0.1]}, "rose by 0.59 while the gold checker went by -0.40"),
+        ({"rewards/json/faults": [0.0, 0.03]}, "could not score 3.0% of the answers"),
+    ],
+)
+def test_each_rule_of_rewards_speaks_on_its_curve_and_no_other(changes, words):
+    said = read_run(rows(**(RISING | changes)))
+    assert len(said) == 1
+    assert words in said[0]
+
+
 def test_facts_of_a_curve():
     history = rows(loss=[4.0, 3.0, 2.0, 1.0, 0.5, 0.7, 0.9, 1.1])
     assert fact_of("loss", "first", history) == 3.5
     assert fact_of("loss", "last", history) == 1.0
     assert fact_of("loss", "low", history) == 0.5
     assert fact_of("loss", "rise", history) == pytest.approx(0.6)
+    assert fact_of("loss", "range", history) == 3.5
+    assert fact_of("loss", "ratio", history) == pytest.approx(1.0 / 3.5)
+    assert fact_of("lo*", "high", history) == 4.0
     assert fact_of("other", "last", history) is None
+    assert fact_of("other/*", "last", history) is None

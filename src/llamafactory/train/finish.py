@@ -288,8 +288,8 @@ def _write_reports(
     if cfg.train.plot_loss:
         for path in plot_curves(folder, state.log_history):
             log.info(f"curve: {path}")
-    write_model_card(folder, cfg, record.document, metrics)
     readings = read_run(state.log_history)
+    write_model_card(folder, cfg, record.document, metrics, readings)
     for sentence in readings:
         log.note(sentence)
     record.write("finished", metrics=metrics, steps=state.step, readings=readings, memory=memory)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
+
+from llamafactory.train import spread
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -20,6 +23,7 @@ class Sums:
         loss: float64 scalar (float32 where the device has no float64) on the device.
         num_units: units of this rank.
         metrics: name -> `[2]`, a sum and what it is divided by.
+        spreads: name -> counts of values, see `train.spread`.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -28,18 +32,21 @@ class Sums:
         self.loss = torch.zeros((), dtype=self._dtype, device=device)
         self.num_units = 0
         self.metrics: dict[str, Tensor] = {}
+        self.spreads: dict[str, Tensor] = {}
 
     def add(self, output: LossOutput) -> None:
         """Adds one batch."""
         self.loss += output.loss_sum.detach()
         self.num_units += output.num_units
         self._add_metrics(output.metrics)
+        self._add_spreads(output.spreads)
 
     def merge(self, other: Sums) -> None:
         """Adds the sums of other batches."""
         self.loss += other.loss
         self.num_units += other.num_units
         self._add_metrics(other.metrics)
+        self._add_spreads(other.spreads)
 
     def averages(self, accelerator: Accelerator) -> dict[str, float]:
         """The metrics over all ranks; waits for them and for the device. What nothing counted for is left out.
@@ -49,12 +56,22 @@ class Sums:
         if not self.metrics:
             return {}
         table = summed(accelerator, torch.stack(list(self.metrics.values()))).tolist()
-        return {name: total / count for name, (total, count) in zip(self.metrics, table, strict=True) if count}
+        found = {name: total / count for name, (total, count) in zip(self.metrics, table, strict=True) if count}
+        if self.spreads:
+            wide = spread.over_ranks(accelerator, torch.stack(list(self.spreads.values()))).cpu()
+            for name, counts in zip(self.spreads, wide, strict=True):
+                found |= {f"{name}/{fact}": value for fact, value in spread.read_spread(counts).items()}
+        return found
 
     def _add_metrics(self, metrics: object) -> None:
         for name, values in cast("dict[str, Tensor]", metrics).items():
             wide = values.detach().to(self._dtype)
             self.metrics[name] = self.metrics[name] + wide if name in self.metrics else wide
+
+    def _add_spreads(self, spreads: Mapping[str, Tensor]) -> None:
+        for name, counts in spreads.items():
+            wide = counts.detach().to(self._dtype)
+            self.spreads[name] = spread.merged(self.spreads[name], wide) if name in self.spreads else wide
 
 
 def summed(accelerator: Accelerator, tensor: Tensor) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -41,7 +43,10 @@ def _values(conditions: Sequence[Mapping[str, Any]], history: Sequence[Mapping[s
 
 
 def fact_of(metric: str, fact: str, history: Sequence[Mapping[str, Any]]) -> float | None:
-    """A number that a curve comes down to, or None where it was not logged."""
+    """A number that a curve comes down to, or None where it was not logged. `gold/*` is the first name like that."""
+    if "*" in metric:
+        names = (name for row in history for name in row if fnmatchcase(name, metric))
+        metric = next(names, metric)
     if fact == "start":
         return next((row[metric] for row in history if row.get("current_steps") == 1 and metric in row), None)
     curve = [float(row[metric]) for row in history if metric in row]
@@ -50,7 +55,8 @@ def fact_of(metric: str, fact: str, history: Sequence[Mapping[str, Any]]) -> flo
     quarter = max(1, len(curve) // 4)
     first, last = (sum(part) / len(part) for part in (curve[:quarter], curve[-quarter:]))
     facts = {"first": first, "last": last, "change": last - first, "low": min(curve), "high": max(curve),
-             "rise": curve[-1] - min(curve)}  # fmt: skip
+             "rise": curve[-1] - min(curve), "range": max(curve) - min(curve), "rows": float(len(curve)),
+             "ratio": last / first if first else math.inf}  # fmt: skip
     return facts[fact]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,9 +91,13 @@ def package_versions() -> dict[str, str]:
 
 
 def write_model_card(
-    output_dir: Path, cfg: RunConfig, record: Mapping[str, Any], metrics: Mapping[str, float]
+    output_dir: Path,
+    cfg: RunConfig,
+    record: Mapping[str, Any],
+    metrics: Mapping[str, float],
+    readings: Sequence[str] = (),
 ) -> None:
-    """Writes `README.md`: base, method, data, figures and how to use the result."""
+    """Writes `README.md`: base, method, data, figures, what the curves say, and how to use the result."""
     train, base = cfg.train, cfg.model.model_name_or_path
     is_adapter = load_method(train.finetuning_type).saves_adapter
     tags = ["llama-factory", train.finetuning_type, train.stage]
@@ -112,13 +116,14 @@ def write_model_card(
         if is_adapter
         else f"llamafactory-cli chat model_name_or_path={output_dir}"
     )
+    said = ["", "## What the curves say", "", *(f"- {sentence}" for sentence in readings)] if readings else []
     title = cfg.train.run_name or output_dir.name
     body = [
         f"# {title}",
         "",
         f"{train.finetuning_type} fine-tune ({train.stage}) of `{base}`, "
         f"{record.get('trainable_parameters', 0):,} trained parameters.",
-        "", "## Figures", "", "| metric | value |", "|---|---|", *figures,
+        "", "## Figures", "", "| metric | value |", "|---|---|", *figures, *said,
         "", "## Settings", "", "| key | value |", "|---|---|", *settings,
         "", "The whole configuration, data fingerprints and versions are in `run.json`.",
         "", "## Use", "", "```", use, "```",

@@ -43,11 +43,14 @@ class LossOutput:
             number.
         metrics: name -> float32 `[2]` on the device, a sum and what it is divided by; summed over batches and ranks
             before the division. No gradient.
+        spreads: name -> counts of values that are not negative (see `train.spread`), whose largest value and 95th
+            percentile are logged.
     """
 
     loss_sum: Tensor
     num_units: int
     metrics: Mapping[str, Tensor] = field(default_factory=dict[str, "Tensor"])
+    spreads: Mapping[str, Tensor] = field(default_factory=dict[str, "Tensor"])
 
 
 def _never(options: Any) -> bool:

@@ -65,7 +65,8 @@ def test_without_a_learning_rate_nothing_drifts(run: Callable[..., Any], variant
         assert abs(row["ratio"] - 1) < 1e-3
         assert row["ratio_off"] < 1e-3
         assert row["clipped"] == 0
-        assert row["logp_gap/mean"] < 1e-4
+        assert row["logp_gap/mean"] <= row["logp_gap/max"] < 1e-4
+        assert row["logp_gap/p95"] <= row["logp_gap/max"]
         assert row["logp_gap/over_0.1"] == 0
     assert all(abs(row["kl"]) < 1e-6 for row in rows if "kl" in row)
     assert ["reward" in row for row in rows] == [True, False, False, False, True]
@@ -131,6 +132,9 @@ def test_gold_is_logged_and_never_a_reward(run: Callable[..., Any], tmp_path: Pa
     assert rows[0]["reward"] == 1.0
     assert 0 < rows[0]["gold/even"] < 1
     assert rows[0]["flat_groups"] == 1.0
+    said = "all answers to 100% of the prompts earn the same"
+    assert said in " ".join(json.loads((tmp_path / "out" / "run.json").read_text())["readings"])
+    assert said in (tmp_path / "out" / "README.md").read_text().partition("## What the curves say")[2]
     results = json.loads((tmp_path / "out" / "eval_results.json").read_text())
     assert results["eval_reward"] == 1.0
     assert 0 < results["eval_gold/even"] < 1

@@ -117,6 +117,7 @@ def loss(models: Models, batch: ExperienceBatch, options: Options) -> LossOutput
     from llamafactory.train.answers import averaged, reference_logps
     from llamafactory.train.group_loss import group_loss_terms
     from llamafactory.train.logprob import token_logprobs
+    from llamafactory.train.spread import spread_of
 
     logps = token_logprobs(models.policy, batch, models.plan, temperature=models.temperature)
     reference = reference_logps(models, batch) if needs_reference(options) else None
@@ -141,7 +142,12 @@ def loss(models: Models, batch: ExperienceBatch, options: Options) -> LossOutput
     if terms.kl is not None:
         metrics["kl"] = averaged(terms.kl, counted)
     moved = {name: values.to(logps.device) for name, values in batch.rollout_metrics.items()}
-    return LossOutput(loss_sum=terms.losses.sum(), num_units=batch.num_counted, metrics={**metrics, **moved})
+    return LossOutput(
+        loss_sum=terms.losses.sum(),
+        num_units=batch.num_counted,
+        metrics={**metrics, **moved},
+        spreads={"logp_gap": spread_of(gap, counted)},
+    )
 
 
 def rollout(options: Options) -> RolloutRules:

@@ -50,6 +50,7 @@ def loss(models: Models, batch: ExperienceBatch, options: Options) -> LossOutput
     from llamafactory.train import rl
     from llamafactory.train.answers import averaged
     from llamafactory.train.logprob import state_logprobs, target_states, token_logprobs, unwrap_peft
+    from llamafactory.train.spread import spread_of
 
     policy = cast("ModelWithValueHead", models.policy)
     base = unwrap_peft(policy.pretrained_model)
@@ -77,7 +78,12 @@ def loss(models: Models, batch: ExperienceBatch, options: Options) -> LossOutput
     }
     moved = {name: pair.to(logps.device) for name, pair in batch.rollout_metrics.items()}
     total = ((policy_losses + VALUE_WEIGHT * value_losses) * weights).sum()
-    return LossOutput(loss_sum=total, num_units=batch.num_targets, metrics={**metrics, **moved})
+    return LossOutput(
+        loss_sum=total,
+        num_units=batch.num_targets,
+        metrics={**metrics, **moved},
+        spreads={"logp_gap": spread_of(gap, weights)},
+    )
 
 
 def rollout(options: Options) -> RolloutRules:
