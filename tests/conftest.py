@@ -46,8 +46,9 @@ def _no_network() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_token_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Tests neither find nor leave tokenised rows in this user's cache."""
+    """Tests neither find nor leave tokenised rows or reference log-probabilities in this user's cache."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLAMAFACTORY_REFERENCE_CACHE", str(tmp_path_factory.mktemp("references")))
         patch.setenv("LLAMAFACTORY_TOKEN_CACHE", str(tmp_path_factory.mktemp("tokens")))
         yield
 

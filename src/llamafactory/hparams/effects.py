@@ -135,7 +135,12 @@ _RULES: tuple[_Rule, ...] = (
     (lambda c: not c.generation.do_sample, ("temperature", "top_p", "top_k"), "do_sample is off"),
     (lambda c: c.generation.num_beams == 1, ("length_penalty",), "num_beams is 1"),
     (lambda c: getattr(c.stage_options, "pref_loss", "") != "simpo", ("simpo_gamma",), "pref_loss is not simpo"),
-    (_has_no_reference, ("pref_bco_weight", "ref_model", "ref_model_adapters"), "pref_loss needs no reference"),
+    (
+        _has_no_reference,
+        ("pref_bco_weight", "ref_model", "ref_model_adapters", "cache_reference"),
+        "pref_loss needs no reference",
+    ),
+    (lambda c: c.data.streaming, ("cache_reference",), "rows of a stream are read once"),
     (lambda c: not getattr(c.stage_options, "ref_model", None), ("ref_model_adapters",), "ref_model is not set"),
     (_lacks("use_asft_loss"), ("asft_alpha", "ref_model", "ref_model_adapters"), "use_asft_loss is off"),
     (_lacks("use_eaft_loss"), ("eaft_alpha",), "use_eaft_loss is off"),

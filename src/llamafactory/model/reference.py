@@ -5,16 +5,21 @@ What this file never does: change a weight, or decide whether a stage needs a re
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 if TYPE_CHECKING:
     from torch import nn
 
 ADAPTER = "reference"
 """Name of the frozen copy of an adapter that training continues."""
+REWARD_ADAPTER = "reward"
+"""Name of the frozen adapter that scores answers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,8 +41,6 @@ class Reference:
         Args:
             policy: the model that is trained; its state is the same again afterwards.
         """
-        import torch
-
         if self.model is not None:
             with torch.no_grad():
                 yield self.model
@@ -49,6 +52,22 @@ class Reference:
                 yield policy
         finally:
             policy.train(was_training)
+
+    def digest(self, policy: nn.Module) -> str:
+        """Names the reference's weights by their content.
+
+        Args:
+            policy: the model that is trained; adapters that are not part of the reference do not count.
+        """
+        model: Any = policy if self.model is None else self.model
+        others = set(getattr(model, "peft_config", {})) - {self.adapter}
+        found = hashlib.blake2b(digest_size=16)
+        for name, tensor in model.state_dict().items():
+            if not others.isdisjoint(name.split(".")):
+                continue
+            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return found.hexdigest()
 
     @contextmanager
     def _switched(self, policy: Any) -> Iterator[None]:

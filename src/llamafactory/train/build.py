@@ -35,6 +35,7 @@ from llamafactory.train.job import Job, Updates
 from llamafactory.train.model_files import ModelFiles
 from llamafactory.train.noise import EmbeddingNoise
 from llamafactory.train.optim import build_optimizer
+from llamafactory.train.reference_cache import TRAINING, keep_reference
 from llamafactory.train.rollout_parts import build_rollouts, parts_of
 from llamafactory.train.rows import ROWS
 from llamafactory.train.schedule import build_schedule
@@ -265,11 +266,14 @@ def assemble_job(
         updates = Updates(optimizer=optimizer, scheduler=scheduler)
     else:
         module = accelerator.prepare(module)
+    feeds: dict[str, Any] = {_prefix(name): feed(rows, training=False) for name, rows in data.evaluation.items()}
+    feeds = keep_reference(cfg, {TRAINING: training, **feeds}, models, module, accelerator)
+    training = feeds.pop(TRAINING)
     flops = partial(_flops, model_config, load_method(train.finetuning_type).trains_base)
     return Job(
         cfg=train, output_dir=claim.output_dir, run_id=claim.run_id, accelerator=accelerator, module=module,
         updates=updates, feed=training,
-        evaluation={_prefix(name): feed(examples, training=False) for name, examples in data.evaluation.items()},
+        evaluation=feeds,
         total_steps=total_steps, start=start, model_files=files, step_flops=flops,
         measure_peak=lambda: _peak_flops(plan) * accelerator.num_processes,
         is_async=may_save_async(train, policy, plan.device), facts=facts, first_step_is_over=first_step_is_over,

@@ -18,3 +18,8 @@ class PreferenceOptions(Section):
         None, "Reference model; null takes the model as it is before training.", group=GROUP
     )
     ref_model_adapters: tuple[str, ...] = option((), "Adapters that are merged into ref_model.", group=GROUP)
+    cache_reference: bool | None = option(
+        None,
+        "Compute the reference's log-probabilities once and keep them; null does where there is more than one epoch.",
+        group=GROUP,
+    )

@@ -54,6 +54,10 @@ class StageModule(nn.Module):
         with torch.no_grad():
             return self._stage.prepare(replace(self._models, policy=self.policy), batch, self._options)
 
+    def forget_reference(self) -> None:
+        """Lets go of the reference, whose log-probabilities come with the rows."""
+        self._models = replace(self._models, reference=None)
+
     def summarise(self, averages: Mapping[str, float]) -> Mapping[str, float]:
         """What follows from the averages of a logged span of steps, or of an evaluation."""
         return {} if self._stage.summarise is None else self._stage.summarise(averages)
@@ -88,7 +92,8 @@ def ready_batches(accelerator: Accelerator, module: nn.Module, batches: Sequence
     moved = [batch.to(accelerator.device) for batch in batches]
     if not stage.prepares:
         return moved
-    prepared = [stage.prepare(batch) for batch in moved]
+    with accelerator.autocast():
+        prepared = [stage.prepare(batch) for batch in moved]
     total = summed(accelerator, torch.stack([sums for sums, _ in prepared]).sum(dim=0))
     return [replace(cast("Any", batch), step_sums=total) for _, batch in prepared]
 
