@@ -57,9 +57,9 @@ BROKEN_YAML: dict[str, tuple[str, tuple[str, ...]]] = {
     "deepspeed": (GOOD + "deepspeed: ds_z3.json\n", ("deepspeed", "not implemented", "NPROC_PER_NODE")),
     "method of a later version": (GOOD + "finetuning_type: oft\n", ("finetuning_type (c.yaml:5)", "not implemented")),
     "ppo without a reward": (GOOD + "stage: ppo\n", ("reward_model: stage ppo needs something that scores answers",)),
-    "reward model in this process": (
-        GOOD + "stage: ppo\nreward_model: saves/rm\n",
-        ("reward_model_type", "not implemented", "reward_model_type: api"),
+    "a service without its type": (
+        GOOD + "stage: ppo\nreward_model: http://localhost/score\n",
+        ("reward_model_type: a URL is a service", "reward_model_type: api"),
     ),
     "unknown stage": (GOOD + "stage: stf\n", ("stage (c.yaml:5): unknown stage", "did you mean 'sft'?")),
     "stage is a path": (GOOD + "stage: ../../x\n", ("unknown stage",)),

@@ -220,11 +220,14 @@ def check_rewards(config: RunConfig) -> Iterator[Problem]:
             allowed="reward_functions, reward_model, or both",
             fix="reward_functions: rewards.py:score, or a built-in check such as json",
         )
-    if getattr(options, "reward_model", None) is not None and getattr(options, "reward_model_type", "") != "api":
+    model, kind = getattr(options, "reward_model", None), getattr(options, "reward_model_type", "")
+    is_address = str(model).startswith(("http://", "https://"))
+    if model is not None and is_address != (kind == "api"):
         yield Problem(
             key="reward_model_type",
-            message="known, but not implemented in this version",
-            fix="reward_model_type: api, with the URL of a service that has the model; or reward_functions",
+            message="a URL is a service" if is_address else "a service has a URL",
+            allowed="api with an http address; lora or full with a folder",
+            fix="reward_model_type: api" if is_address else "reward_model: https://...",
         )
     if config.generation.num_beams > 1:
         yield Problem(key="num_beams", message="answers are sampled, not searched for", fix="num_beams: 1")

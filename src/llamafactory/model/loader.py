@@ -92,6 +92,33 @@ def load_model(cfg: ModelConfig, *, dtype: str, attention: str, device: str | No
     return cast("Any", model).to(device) if device else model
 
 
+def load_classifier(cfg: ModelConfig, *, dtype: str, attention: str) -> PreTrainedModel:
+    """Loads a sequence classifier, as `export` writes a reward model.
+
+    Args:
+        cfg: names the model.
+        dtype: dtype of the weights: float32, bfloat16 or float16.
+        attention: attention implementation; `segments` is registered here.
+
+    Raises:
+        LlamaFactoryError: not found, or no sequence classifier.
+    """
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    from llamafactory.model import attention as segment_attention
+
+    if attention == segment_attention.NAME:
+        segment_attention.register()
+    return _loading(
+        cfg,
+        lambda: AutoModelForSequenceClassification.from_pretrained(
+            model_path(cfg), use_safetensors=True, **_hub_options(cfg), dtype=getattr(torch, dtype),
+            attn_implementation=attention,
+        ),
+    )  # fmt: skip
+
+
 def model_path(cfg: ModelConfig) -> str:
     """The folder or hub id to load from; the embedded default model is unpacked on first use."""
     name = cfg.model_name_or_path or ""

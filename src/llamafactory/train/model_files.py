@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llamafactory.data.saved_template import CHAT_TEMPLATE_NAME
 from llamafactory.extras.files import give_usual_modes
-from llamafactory.model.reference import ADAPTER
+from llamafactory.model.reference import ADAPTER, REWARD_ADAPTER
 from llamafactory.model.valuehead import split_value_head
 from llamafactory.train.checkpoint.tensors import frozen_storages, host_copy
 
@@ -50,7 +50,9 @@ class ModelFiles:
         model, state = split_value_head(self._policy, folder, state)
         options: dict[str, Any] = {} if state is None else {"state_dict": dict(state)}
         if hasattr(model, "peft_config"):
-            options["selected_adapters"] = [name for name in model.peft_config if name != ADAPTER]
+            options["selected_adapters"] = [
+                name for name in model.peft_config if name not in (ADAPTER, REWARD_ADAPTER)
+            ]
             model.save_pretrained(str(folder), save_embedding_layers=False, **options)
             (folder / "README.md").unlink(missing_ok=True)
         else:

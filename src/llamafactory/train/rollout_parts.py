@@ -20,6 +20,7 @@ from llamafactory.train.completions_file import CompletionsFile
 from llamafactory.train.logprob import target_states, unwrap_peft
 from llamafactory.train.model_files import ModelFiles
 from llamafactory.train.rewards.options import RewardOptions
+from llamafactory.train.rewards.reward_model import load_reward_model
 from llamafactory.train.rewards.team import Team, build_team
 from llamafactory.train.rollout import Rollouts
 from llamafactory.train.rollout_draw import Table
@@ -130,11 +131,16 @@ def parts_of(
     options = cast("RewardOptions", cfg.stage_options)
     ends = cast("Any", language_model(models.policy)).generation_config.eos_token_id
     sampling = sampling_of(cfg.generation, template, tokenizer, [] if ends is None else np.atleast_1d(ends).tolist())
+    rows_at_once = cast("Any", options).rollout_batch_size
+    reward_model = load_reward_model(
+        cfg, options, plan=models.plan, policy=lambda: language_model(models.policy), accelerator=accelerator,
+        rows_at_once=rows_at_once,
+    )  # fmt: skip
     return RolloutParts(
         rules=stage.rollout(options),
         options=options,
         models=replace(models, temperature=sampling.temperature),
-        team=build_team(options),
+        team=build_team(options, reward_model),
         sampling=sampling,
         tokenizer=tokenizer,
         seed=cfg.train.seed,

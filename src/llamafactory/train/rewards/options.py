@@ -30,9 +30,12 @@ class RewardOptions(Section):
         None, "A function like those of reward_functions that is only logged, to see whether rewards are gamed.",
         group=GROUP,
     )  # fmt: skip
-    reward_model: str | None = option(None, "Reward model: the URL of a service.", group=GROUP)
+    reward_model: str | None = option(
+        None, "Reward model: folder of an adapter or of a model with a value head, or the URL of a service.",
+        group=GROUP,
+    )  # fmt: skip
     reward_model_type: Literal["lora", "full", "api"] = option(
-        "lora", "Where it runs; only api, a service, is implemented.", group=GROUP
+        "lora", "An adapter on the policy's own base, a model of its own, or a service (api).", group=GROUP
     )
     reward_timeout: float = option(30.0, "Seconds to wait for the service of type api.", group=GROUP, gt=0)
     reward_retries: int = option(3, "Further tries when the service of type api fails.", group=GROUP, ge=0)
