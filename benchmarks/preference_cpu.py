@@ -1,6 +1,8 @@
 """Preference training on a CPU, this project beside others: CPU seconds a step and peak memory.
 
-`python benchmarks/preference_cpu.py [--shapes heavy,balanced] [--arms ...] [--pairs 4] [--steps 3] [--repeats 3]`
+`python benchmarks/preference_cpu.py [--quick] [--shapes heavy,balanced] [--arms ...] [--pairs 2] [--steps 2]
+[--repeats 2]` writes `results/preference_cpu-DATE.json` and `.md`. It takes about ten minutes on two free cores;
+`--quick` takes one.
 
 DPO with LoRA (rank 8 on all linear layers) on SmolLM2-135M-Instruct against TRL's DPOTrainer (no gradient
 checkpointing, no dropout, one pair a pass, padding to the longest), and a reward model against a value head on a full
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import resource
 import statistics
 import subprocess
@@ -19,7 +22,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from datetime import date
+from importlib import metadata
+from pathlib import Path
 from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results"
 
 SHAPES = {"heavy": (384, 96, 64), "balanced": (128, 128, 96), "light": (64, 256, 200), "smoke": (24, 8, 8)}
 """Tokens of prompt, chosen and rejected answer."""
@@ -28,36 +36,103 @@ WORDS = (" the", " cat", " dog")
 MODEL = "SmolLM2-135M-Instruct"
 
 
+RATIOS = {"dpo": ("dpo-trl", "dpo-ours"), "rm": ("rm-causal", "rm-ours")}
+"""What is compared: the other side, and ours."""
+
+
 def main() -> int:
-    """Runs the arms in turn and prints a table."""
+    """Runs the arms in turn, prints a table and writes it with all figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the smallest sizes once: does everything run?")
     parser.add_argument("--shapes", default="heavy,balanced")
     parser.add_argument("--arms", default=",".join(ARMS))
-    parser.add_argument("--pairs", type=int, default=4, help="pairs of an optimizer step")
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--pairs", type=int, default=2, help="pairs of an optimizer step")
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the .json and the .md")
     parser.add_argument("--arm", help="run this arm alone, in this process")
     options = parser.parse_args()
+    if options.quick:
+        options.shapes, options.pairs, options.steps, options.repeats = "smoke", 1, 1, 1
     if options.arm:
         print(json.dumps(run_arm(options.arm, options.shapes, options.pairs, options.steps, options.threads)))
         return 0
-    for shape in options.shapes.split(","):
-        found: dict[str, list[dict[str, float]]] = {arm: [] for arm in options.arms.split(",")}
-        for _ in range(options.repeats):
-            for arm in found:
-                found[arm].append(run_child(arm, shape, options))
-        print(f"\n{shape}: prompt/chosen/rejected {SHAPES[shape]}, {options.pairs} pairs a step")
-        print(f"{'arm':<12}{'CPU s/step':>12}{'min':>8}{'wall s/step':>13}{'peak MiB':>10}{'loss':>9}")
-        for arm, values in found.items():
-            cpu = [value["cpu"] for value in values]
-            wall = statistics.median(value["wall"] for value in values)
-            peak = max(value["peak"] for value in values)
-            print(
-                f"{arm:<12}{statistics.median(cpu):>12.2f}{min(cpu):>8.2f}{wall:>13.2f}{peak:>10.0f}"
-                f"{values[0]['loss']:>9.4f}"
-            )
+    started = time.monotonic()
+    shapes = [measure_shape(shape, options) for shape in options.shapes.split(",")]
+    document = {
+        "date": date.today().isoformat(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "trl", "peft")},
+        "config": {"model": MODEL, "pairs": options.pairs, "steps": options.steps, "repeats": options.repeats,
+                   "threads": options.threads, "lora_rank": 8, "dtype": "float32"},
+        "seconds": round(time.monotonic() - started),
+        "shapes": shapes,
+    }  # fmt: skip
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"preference_cpu{'-quick' if options.quick else ''}-{document['date']}.json"
+    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    text = as_markdown(document)
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
+    print(f"{text}\n{path}")
     return 0
+
+
+def measure_shape(shape: str, options: argparse.Namespace) -> dict[str, Any]:
+    """All arms on pairs of one shape, in turns."""
+    found: dict[str, list[dict[str, float]]] = {arm: [] for arm in options.arms.split(",")}
+    for _ in range(options.repeats):
+        for arm in found:
+            found[arm].append(run_child(arm, shape, options))
+    arms: dict[str, dict[str, Any]] = {
+        arm: {
+            "cpu_s": min(value["cpu"] for value in values),
+            "cpu_s_all": [value["cpu"] for value in values],
+            "wall_s": min(value["wall"] for value in values),
+            "peak_mib": statistics.median(value["peak"] for value in values),
+            "loss": values[0]["loss"],
+        }
+        for arm, values in found.items()
+    }
+    ratios = {
+        name: {
+            "times_faster": arms[other]["cpu_s"] / arms[ours]["cpu_s"],
+            "memory": arms[ours]["peak_mib"] / arms[other]["peak_mib"],
+        }
+        for name, (other, ours) in RATIOS.items()
+        if other in arms and ours in arms
+    }
+    return {"shape": shape, "tokens": SHAPES[shape], "arms": arms, "ratios": ratios}
+
+
+def as_markdown(document: dict[str, Any]) -> str:
+    """A table of each shape."""
+    config = document["config"]
+    lines = [
+        f"# Preference training on a CPU, {document['date']}",
+        "",
+        f"{MODEL}, LoRA rank 8, float32, {config['pairs']} pairs a step, {config['steps']} steps after the first, "
+        f"the best of {config['repeats']}; {document['machine']}; "
+        + ", ".join(f"{name} {version}" for name, version in document["versions"].items())
+        + f". All of it took {document['seconds']} s. Written by `python benchmarks/preference_cpu.py`.",
+    ]
+    for one in document["shapes"]:
+        prompt, chosen, rejected = one["tokens"]
+        lines += [
+            "", f"## {one['shape']}: {prompt} prompt tokens, {chosen} chosen, {rejected} rejected", "",
+            "| side | CPU s a step | wall s a step | peak MiB | loss |", "|---|---|---|---|---|",
+            *(
+                f"| {arm} | {value['cpu_s']:.2f} | {value['wall_s']:.2f} | {value['peak_mib']:.0f} "
+                f"| {value['loss']:.4f} |"
+                for arm, value in one["arms"].items()
+            ),
+            "",
+            *(
+                f"{name}: {value['times_faster']:.2f} times as fast, {value['memory']:.2f} of the peak memory."
+                for name, value in one["ratios"].items()
+            ),
+        ]  # fmt: skip
+    return "\n".join(lines) + "\n"
 
 
 def run_child(arm: str, shape: str, options: argparse.Namespace) -> dict[str, float]:

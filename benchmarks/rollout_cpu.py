@@ -1,19 +1,30 @@
 """Batched answers against one `generate` call after the other, and grpo's training phase with and without sharing.
 
-`python benchmarks/rollout_cpu.py [--prompts 8 --group 4 --tokens 24 --prompt-tokens 256 --answer-tokens 32]`.
-CPU time of this process, both sides in one run, interleaved, best of `--repeats`. Prints JSON.
+`python benchmarks/rollout_cpu.py [--quick] [--prompts 8 --group 4 --tokens 24 --prompt-tokens 256 ...]` writes
+`results/rollout_cpu-DATE.json` and `.md`: CPU time of this process, both sides in one run, in turns, the best of
+`--repeats`. It takes about five minutes on two free cores; `--quick`, half a minute.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
+import resource
 import time
 from collections.abc import Callable
+from datetime import date
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+RESULTS = Path(__file__).resolve().parent / "results"
+MODEL = "SmolLM2-135M-Instruct"
+SIZES = {"prompts": 8, "group": 4, "tokens": 24, "prompt-tokens": 256, "answer-tokens": 32, "repeats": 2}
 
 
 def cpu_seconds(sides: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
@@ -85,30 +96,72 @@ def training(model: Any, options: argparse.Namespace) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measures, prints and writes."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from llamafactory.model import attention
     from llamafactory.model.adapters import lora
     from llamafactory.model.embedded import resolve_model_path
 
-    parser = argparse.ArgumentParser(description=__doc__)
-    sizes = {"prompts": 8, "group": 4, "tokens": 24, "prompt-tokens": 256, "answer-tokens": 32, "repeats": 2}
-    for name, default in sizes.items():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the smallest sizes once: does everything run?")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the .json and the .md")
+    parser.add_argument("--threads", type=int, default=2)
+    for name, default in SIZES.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
-    path = resolve_model_path("SmolLM2-135M-Instruct")
+    if options.quick:
+        for name in SIZES:
+            setattr(options, name.replace("-", "_"), {"repeats": 1, "prompt-tokens": 32}.get(name, 2))
+    torch.set_num_threads(options.threads)
+    started = time.monotonic()
+    path = resolve_model_path(MODEL)
     attention.register()
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=attention.NAME)
     found = {"sampling": sampling(model.eval(), AutoTokenizer.from_pretrained(path), options)}
     policy = lora.apply(model, lora.Options(lora_rank=8), adapters=(), trainable=True)
     found["training"] = training(policy.train(), options)
-    sides = found["sampling"], found["training"]
-    ratios = {
-        "sampling": sides[0]["sequential"] / sides[0]["batched"],
-        "training": sides[1]["unshared"] / sides[1]["shared"],
+    document = {
+        "date": date.today().isoformat(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "peft")},
+        "config": {name: getattr(options, name.replace("-", "_")) for name in [*SIZES, "threads"]},
+        "seconds": round(time.monotonic() - started),
+        "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "cpu_seconds": found,
+        "times_faster": {
+            "sampling": found["sampling"]["sequential"] / found["sampling"]["batched"],
+            "training": found["training"]["unshared"] / found["training"]["shared"],
+        },
     }
-    print(json.dumps({"options": vars(options), "cpu_seconds": found, "times_faster": ratios}, indent=2))
+    options.out.mkdir(parents=True, exist_ok=True)
+    target = options.out / f"rollout_cpu{'-quick' if options.quick else ''}-{document['date']}.json"
+    target.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    text = as_markdown(document)
+    target.with_suffix(".md").write_text(text, encoding="utf-8")
+    print(f"{text}\n{target}")
+
+
+def as_markdown(document: dict[str, Any]) -> str:
+    """Both comparisons as a table."""
+    config, cpu = document["config"], document["cpu_seconds"]
+    asked = f"{config['prompts']} prompts, {config['group']} answers of {config['tokens']} tokens each"
+    step = f"{config['prompt-tokens']} prompt tokens, 8 answers of {config['answer-tokens']}, forward and backward"
+    lines = [
+        f"# Rollouts and their training on a CPU, {document['date']}",
+        "",
+        f"{MODEL}, float32, the best of {config['repeats']} in turns; {document['machine']}; "
+        + ", ".join(f"{name} {version}" for name, version in document["versions"].items())
+        + f". All of it took {document['seconds']} s. Written by `python benchmarks/rollout_cpu.py`.",
+        "",
+        "| what | other side | CPU s | ours | CPU s | times as fast |",
+        "|---|---|---|---|---|---|",
+        f"| sampling: {asked} | one `generate` after the other | {cpu['sampling']['sequential']:.2f} | batched | "
+        f"{cpu['sampling']['batched']:.2f} | {document['times_faster']['sampling']:.2f} |",
+        f"| grpo step, LoRA: {step} | each answer with its prompt | {cpu['training']['unshared']:.2f} "
+        f"| prompt shared | {cpu['training']['shared']:.2f} | {document['times_faster']['training']:.2f} |",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
