@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ GOOD = {"instruction": "Say hello.", "input": "", "output": "Hello."}
 SHAREGPT = {"formatting": "sharegpt"}
 OPENAI = {"formatting": "openai"}
 IMAGES = {"columns": {"prompt": "instruction", "response": "output", "images": "images"}}
+MESSAGES = Path(__file__).with_name("broken_data_messages.json")
+"""The whole message of each case; `WRITE_BROKEN_DATA=1` writes it anew, to be read before it is committed."""
 SECRET = "my private diary entry " * 20
 
 
@@ -322,14 +326,34 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_broken_data_set_is_explained(data_config: Callable[..., DataConfig], tokenizer: Any, name: str) -> None:
+def test_a_broken_data_set_is_explained(
+    data_config: Callable[..., DataConfig], tokenizer: Any, tmp_path: Path, name: str
+) -> None:
     options, fragments = CASES[name]
     data = data_config(**options)
     with pytest.raises(DataError) as caught:
         prepare_data(data, build_template("chatml", tokenizer), tokenizer, seed=0)
-    message = str(caught.value)
+    message = str(caught.value).replace(str(tmp_path), "DIR")
     for fragment in fragments:
         assert fragment in message
+    if os.environ.get("WRITE_BROKEN_DATA"):
+        written = json.loads(MESSAGES.read_text(encoding="utf-8")) if MESSAGES.exists() else {}
+        written = {case: written[case] for case in CASES if case in written} | {name: message.splitlines()}
+        MESSAGES.write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert message.splitlines() == json.loads(MESSAGES.read_text(encoding="utf-8"))[name]
+
+
+def test_the_kept_messages_are_those_of_the_cases() -> None:
+    """Each names a place, what was found and what is expected; a row's fault names file, number and field."""
+    kept = json.loads(MESSAGES.read_text(encoding="utf-8"))
+    assert set(kept) == set(CASES)
+    for name, lines in kept.items():
+        text = "\n".join(lines)
+        assert re.search(r"^(DIR|dataset_info\.json: rows|rows|formatting|cloud_file_name|val_size)\b", text), name
+        assert "found" in text or "unknown" in lines[0], name
+        assert "expected" in text or "fix" in text, name
+    in_rows = [lines for lines in kept.values() if re.search(r"rows\.\w+[:#]\d+: [\w\[\]. ]+: ", "\n".join(lines))]
+    assert len(in_rows) >= 40
 
 
 def test_a_missing_file_and_a_missing_folder(tokenizer: Any, tmp_path: Path) -> None:
