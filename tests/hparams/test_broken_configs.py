@@ -112,6 +112,10 @@ BROKEN_YAML: dict[str, tuple[str, tuple[str, ...]]] = {
         "model_name_or_path: model\ndo_eval: true\noutput_dir: out\nval_size: 0.1\n",
         ("no data set to hold rows out of",),
     ),
+    "streaming into tokenized_path": (
+        GOOD + "streaming: true\nmax_steps: 10\ntokenized_path: rows-as-ids\n",
+        ("tokenized_path (c.yaml:7)", "keeps none of them", "leave tokenized_path out, or set streaming: false"),
+    ),
     "val_size of 1.5 rows": (GOOD + "val_size: 1.5\n", ("neither a share nor a whole number of rows",)),
     "history and prompt": (
         GOOD + "mask_history: true\ntrain_on_prompt: true\n",

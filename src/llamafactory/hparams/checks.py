@@ -130,6 +130,14 @@ def check_streaming(config: RunConfig) -> Iterator[Problem]:
             message="streaming has no number of rows to take a share of",
             allowed="a whole number of rows",
         )
+    if config.data.tokenized_path is not None:
+        yield Problem(
+            key="tokenized_path",
+            given=config.data.tokenized_path,
+            message="streaming tokenises rows when their step comes, and keeps none of them",
+            allowed="nothing, with streaming: true",
+            fix="leave tokenized_path out, or set streaming: false to use the rows in it",
+        )
     if config.train.stage not in ("pt", "sft", "rm", "dpo"):
         yield Problem(
             key="streaming",

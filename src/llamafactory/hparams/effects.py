@@ -127,6 +127,11 @@ _RULES: tuple[_Rule, ...] = (
     (lambda c: not c.data.eval_dataset, ("eval_on_each_dataset",), "eval_dataset is not set"),
     (lambda c: not (c.data.dataset or c.data.eval_dataset), ("max_samples",), "no data set is set"),
     (lambda c: not c.data.streaming, ("buffer_size",), "streaming is off"),
+    (
+        lambda c: c.data.streaming and not c.data.eval_dataset,
+        ("overwrite_cache",),
+        "streaming keeps no tokenised rows",
+    ),
     (lambda c: c.data.mix_strategy == "concat", ("interleave_probs",), "mix_strategy is concat"),
     (lambda c: len(c.data.dataset) < 2, ("mix_strategy", "interleave_probs"), "there is one data set"),
     (lambda c: not c.model.adapter_name_or_path, ("adapter_folder",), "adapter_name_or_path is not set"),
