@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from llamafactory.data.jinja_template import JinjaTemplate
-from llamafactory.data.template_choice import build_template
+from llamafactory.data.template_choice import build_template, plain_stop
 from llamafactory.extras.errors import DataError
 
 
@@ -46,3 +46,22 @@ def test_a_difference_from_the_tokenizers_own_is_shown_once(
 def test_an_unknown_name_is_an_error(tokenizer: Any) -> None:
     with pytest.raises(DataError, match="unknown template 'smolm2'"):
         build_template("smolm2", tokenizer)
+
+
+def test_a_stop_without_a_token_of_its_own_is_said_once(tokenizer: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    build_template("auto", tokenizer)
+    assert "no token of its own" not in capsys.readouterr().err
+    plain = Tokenizer(models.BPE())
+    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    other = PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="</s>")
+    other.chat_template = tokenizer.chat_template
+    for _ in range(2):
+        assert build_template("auto", other).name == "auto"
+    said = capsys.readouterr().err
+    assert said.count('ends answers with "<|im_end|>", for which the tokenizer has no token of its own') == 1
+    assert "template: default, which ends answers with the tokenizer's </s>" in said.replace("\n", " ")
+    other.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    assert plain_stop(build_template("auto", other), other) == ""

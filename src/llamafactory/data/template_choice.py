@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import json
 from typing import Any
 
 from llamafactory.data.chat_template import NamedTemplate, find_record
+from llamafactory.data.encode import clean_backend
 from llamafactory.data.jinja_template import JinjaTemplate, tokenizer_jinja
 from llamafactory.data.row_error import RowError
 from llamafactory.data.tool_formats import find_tool_format
 from llamafactory.data.types import Conversation, Message, Template
 from llamafactory.extras.errors import DataError
-from llamafactory.extras.log import note
+from llamafactory.extras.log import note, warn
 from llamafactory.hparams.data import DataConfig
 
 __all__ = ["build_template", "end_token", "find_record", "template_of", "template_difference"]
@@ -63,13 +65,23 @@ def build_template(
             )
         if enable_thinking is not None and "enable_thinking" not in jinja:
             note("the tokenizer's chat template does not know enable_thinking, so it has no effect", once=True)
-        return JinjaTemplate(
+        own = JinjaTemplate(
             jinja,
             tokenizer,
             default_system=default_system,
             enable_thinking=enable_thinking,
             preserve_thinking=preserve_thinking,
         )
+        if stop := plain_stop(own, tokenizer):
+            end = getattr(tokenizer, "eos_token", None)
+            warn(
+                f"the chat template ends answers with {json.dumps(stop, ensure_ascii=False)}, for which the tokenizer "
+                "has no token of its own: it is read as plain text, a supervised token may reach past it, and "
+                "generation does not stop there; use the tokenizer that belongs to the template, or set template: "
+                f"default, which ends answers with the tokenizer's {end or 'end token'}",
+                once=True,
+            )
+        return own
     template = NamedTemplate(
         record=find_record(name),
         bos=tokenizer.bos_token or "",
@@ -142,6 +154,20 @@ def template_difference(template: NamedTemplate, tokenizer: Any, jinja: str) -> 
             diff = difflib.unified_diff(ours.splitlines(), theirs.splitlines(), lineterm="", n=0)
             lines += [f"  {title}:"] + [f"    {line}" for line in list(diff)[2:] if not line.startswith("@@")]
     return "\n".join(lines)
+
+
+def plain_stop(template: Template, tokenizer: Any) -> str:
+    """What the template writes behind a short answer, if no token of the tokenizer stands for it; else empty."""
+    question, answer = _MESSAGES[1:3]
+    try:
+        sequences = template.render(Conversation(messages=(question, answer)))
+    except RowError:  # a template that wants other dialogues
+        return ""
+    segments = sequences[-1][-1].answer if sequences and sequences[-1] else ()
+    text = "".join(segment.text for segment in segments if segment.trainable)
+    stop = text.rpartition(answer.content)[2].strip()
+    known = [token.content for token in clean_backend(tokenizer).get_added_tokens_decoder().values()]
+    return "" if any(word and word in stop for word in known) else stop
 
 
 def _text(template: Template, messages: tuple[Message, ...]) -> str:
