@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +54,10 @@ def test_a_wrong_mask_or_text_is_found(
     def broken(*given: Any) -> Any:
         [(turn, *others)] = script.JinjaTemplate.render(given[1], given[0])
         if fault == "mask":
-            segments = tuple(replace(segment, trainable=True) for segment in turn.prompt)
+            segments = tuple(segment._replace(trainable=True) for segment in turn.prompt)
         else:
             segments = (*turn.prompt, Segment(text=" ", trainable=False))
-        return [(replace(turn, prompt=segments), *others)]
+        return [(turn._replace(prompt=segments), *others)]
 
     monkeypatch.setattr(script, "render_turns", broken)
     conversation, _ = script.CASES["three turns"]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +77,10 @@ def encoded_turns(draw: st.DrawFn) -> list[EncodedTurn]:
         token += num_prompt + num_answer
         turns.append(
             EncodedTurn(
-                prompt_ids=prompt,
-                prompt_weights=[0.0] * num_prompt,
-                answer_ids=answer,
-                answer_weights=[1.0] * num_answer,
+                prompt_ids=array("i", prompt),
+                prompt_weights=array("f", [0.0] * num_prompt),
+                answer_ids=array("i", answer),
+                answer_weights=array("f", [1.0] * num_answer),
             )
         )
     return turns

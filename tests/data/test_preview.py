@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from typing import Any
 
@@ -82,10 +83,10 @@ def test_cuts_are_where_truncation_took_tokens_out(
     counter = iter(range(10_000))
     turns = [
         EncodedTurn(
-            prompt_ids=[next(counter) for _ in range(prompt)],
-            prompt_weights=[0.0] * prompt,
-            answer_ids=[next(counter) for _ in range(answer)],
-            answer_weights=[1.0] * answer,
+            prompt_ids=array("i", [next(counter) for _ in range(prompt)]),
+            prompt_weights=array("f", [0.0] * prompt),
+            answer_ids=array("i", [next(counter) for _ in range(answer)]),
+            answer_weights=array("f", [1.0] * answer),
         )
         for prompt, answer in lengths
     ]

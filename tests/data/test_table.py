@@ -92,4 +92,24 @@ def test_a_shard_counts_what_its_examples_count(rows: list[tuple[list[Example], 
     builder = ShardBuilder()
     for group, flag in rows:
         builder.add(group, flag)
-    assert builder.build().num_supervised == sum(example.num_supervised for group, _ in rows for example in group)
+    counts = [example.num_supervised for group, _ in rows for example in group]
+    assert builder.build().num_supervised.tolist() == counts
+
+
+@given(rows=groups_of_rows)
+def test_rows_taken_from_a_shard_are_those_that_were_put_in(rows: list[tuple[list[Example], int]]) -> None:
+    builder, other, places = ShardBuilder(), ShardBuilder(), []
+    for group, flag in rows:
+        first = places[-1].stop if places else 0
+        places.append(range(first, first + len(group)))
+        builder.add(group, flag)
+    shard = builder.build()
+    for number in range(len(rows) - 1, -1, -2):
+        other.take(shard, places[number], rows[number][1])
+    again = ShardBuilder()
+    for group, flag in rows[::-2]:
+        again.add(group, flag)
+    taken, added = other.build(), again.build()
+    for name in ("tokens", "example_ends", "cuts", "group_ends", "flags"):
+        assert getattr(taken, name).tolist() == getattr(added, name).tolist(), name
+    assert all(same(taken.example(place), added.example(place)) for place in range(len(added.example_ends)))

@@ -19,6 +19,7 @@ from llamafactory.data.sources import SourceFile, list_files, read_source
 from llamafactory.data.types import DatasetSpec
 
 _LIBRARIES = ("tokenizers", "jinja2", "numpy")
+_ROWS, _READING = "rows", "reading of the rows"
 _CODE = Path(__file__).resolve().parent
 
 
@@ -28,7 +29,12 @@ def key_parts(reader: RecordReader, rows: RowEncoder) -> dict[str, str]:
     Raises:
         DataError: the files are not there, or cannot be read.
     """
-    return {"rows": rows_digest(reader.spec), "reading of the rows": _reading(reader), **method_parts(rows)}
+    return {_ROWS: rows_digest(reader.spec), _READING: _reading(reader), **method_parts(rows)}
+
+
+def fingerprint_of(parts: Mapping[str, str]) -> str:
+    """Sha256 of the rows and of how they are picked and read, whatever is made of them."""
+    return sha256(f"{parts[_ROWS]}\n{parts[_READING]}".encode()).hexdigest()
 
 
 def method_parts(rows: RowEncoder) -> dict[str, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from datetime import date
 from functools import cache
 from typing import Any, cast
@@ -195,14 +195,14 @@ class NamedTemplate:
             return False
         if self.preserve_thinking or not self.record.is_reasoning:
             return True
-        seen, _ = self._write(until(conversation, answers[-1].index), leaves_past_thoughts=True)
+        seen, _ = self._write(until(conversation, answers[-1].message_index), leaves_past_thoughts=True)
         return [text_of(answer.pieces) for answer in seen] == [text_of(answer.pieces) for answer in answers]
 
     def _alone(self, conversation: Conversation, answer: Answer, end: AnswerEnd) -> tuple[Turn, ...]:
         """A sequence in which only this answer carries loss; what is before it is what generation sees."""
-        shown = until(conversation, answer.index)
+        shown = until(conversation, answer.message_index)
         written, _ = self._write(shown, leaves_past_thoughts=not self.preserve_thinking)
-        last = replace(written[-1], answer=written[-1].answer + end.pieces)
+        last = written[-1]._replace(answer=written[-1].answer + end.pieces)
         return (*self._turns(written[:-1], trainable=False), *self._turns([last]))
 
     def _turns(self, answers: Sequence[Answer], *, trainable: bool = True) -> tuple[Turn, ...]:
@@ -214,7 +214,7 @@ class NamedTemplate:
             else:
                 asked = asked + written.empty_thought
             target = segments_of(answer, trainable=trainable)
-            turns.append(Turn(prompt=segments_of(asked), answer=target, message_index=written.index))
+            turns.append(Turn(segments_of(asked), target, written.message_index))
         return tuple(turns)
 
     def _end(self, answer: Answer, following: Answer | None) -> AnswerEnd:
@@ -297,7 +297,9 @@ class NamedTemplate:
         slot = record.assistant if record.function is None or not message.tool_calls else record.function
         pieces = self._fill(slot, content)
         is_open = not self._closes(slot) and (record.efficient_eos or self._closes(record.assistant))
-        return Answer(index=index, question=question, empty_thought=markup(empty), answer=pieces, is_open=is_open)
+        return Answer(
+            message_index=index, question=question, empty_thought=markup(empty), answer=pieces, is_open=is_open
+        )
 
     def _spoken(self, text: str) -> list[Piece]:
         """The text of an answer, in which the words around a thought are markup."""
@@ -317,20 +319,25 @@ class NamedTemplate:
 
 def _fill(slot: str, bos: str, eos: str, content: Sequence[Piece]) -> list[Piece]:
     pieces: list[Piece] = []
-    for place, text in enumerate(_parts(slot)):
-        if place % 2 == 0:
-            pieces.append(Piece(text))
-        elif text == "content":
-            pieces.extend(content)
+    for piece in _parts(slot, bos, eos):
+        if piece is None:
+            pieces += [one for one in content if one.text]
         else:
-            pieces.append(Piece(bos if text == "bos" else eos))
-    return [piece for piece in pieces if piece.text]
+            pieces.append(piece)
+    return pieces
 
 
 @cache
-def _parts(slot: str) -> Sequence[str]:
-    """Markup and names of placeholders, in turn."""
-    return _PLACEHOLDER.split(slot)
+def _parts(slot: str, bos: str, eos: str) -> Sequence[Piece | None]:
+    """The markup of a slot; None where the content goes."""
+    named = {"content": "", "bos": bos, "eos": eos}
+    parts: list[Piece | None] = []
+    for place, text in enumerate(_PLACEHOLDER.split(slot)):
+        if place % 2 and text == "content":
+            parts.append(None)
+        elif written := named[text] if place % 2 else text:
+            parts.append(Piece(written))
+    return parts
 
 
 @cache

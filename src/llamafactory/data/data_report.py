@@ -60,7 +60,7 @@ class DatasetReport:
         dropped: rows left out, by reason.
         num_truncated: examples that were cut.
         num_cut_tokens: tokens that the cuts removed.
-        fingerprint: sha256 of the rows as read, in order.
+        fingerprint: sha256 of the rows, and of how they are picked and read.
         num_rewritten: rows in which the template writes earlier answers otherwise than they were generated.
         num_left_out: answers of such rows that `rewritten_history: last` leaves out.
         is_streamed: rows are read while training goes on; the counts are 0.

@@ -6,21 +6,23 @@ Many texts go to the Rust tokenizer at once. Special-token strings inside row te
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import chain, groupby
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from array import array
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from llamafactory.data.types import IGNORE_INDEX, Example, Segment, Turn
+from llamafactory.data.table import Shard, shard_of
+from llamafactory.data.types import Example, Segment, Turn
 from llamafactory.data.word_cache import WordEncoder, word_encoder
+from llamafactory.extras.log import warn
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-Overlong = Literal["truncate", "drop", "error"]
-_ON_OR_OFF = frozenset({0.0, 1.0})
+    Ids = array[int]
+    Weights = array[float]
 
 
 class _Run(NamedTuple):
@@ -35,14 +37,17 @@ class _Run(NamedTuple):
     is_mixed: bool
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EncodedTurn:
-    """Ids of a turn's prompt and answer, and the loss weight of each id (0: not supervised)."""
+_Sides: TypeAlias = tuple[list[_Run], list[_Run]]
+"""Runs of a turn's prompt and of its answer."""
 
-    prompt_ids: Sequence[int]
-    prompt_weights: Sequence[float]
-    answer_ids: Sequence[int]
-    answer_weights: Sequence[float]
+
+class EncodedTurn(NamedTuple):
+    """Ids (int32) of a turn's prompt and answer, and the loss weight (float32) of each id (0: not supervised)."""
+
+    prompt_ids: Ids
+    prompt_weights: Weights
+    answer_ids: Ids
+    answer_weights: Weights
 
 
 class Encoder:
@@ -50,6 +55,8 @@ class Encoder:
 
     Attributes:
         backend: the Rust tokenizer, set neither to cut nor to pad.
+        has_lost_words: looked-up words gave other ids than the tokenizer, so that ids made before are in doubt; since
+            then the tokenizer makes all ids.
         num_shifted: sequences of a whole-text template in which the ids of a prompt change when its answer follows, so
             that generation starts from slightly other ids than training saw.
     """
@@ -66,44 +73,41 @@ class Encoder:
         self._words: WordEncoder | None = None
         self._is_ready = False
         self._special = special_token_pattern(self.backend)
+        self._special_start = _common_start(self.backend)
         self._is_whole = is_whole
+        self.has_lost_words = False
         self.num_shifted = 0
 
     def encode(self, sequences: Sequence[Sequence[Turn]]) -> list[list[EncodedTurn]]:
         """Ids and weights of each turn of each sequence."""
         runs = [[(self._runs(turn.prompt), self._runs(turn.answer)) for turn in turns] for turns in sequences]
         texts = dict.fromkeys(
-            run.text for turns in runs for sides in turns for side in sides for run in side if not run.is_mixed
+            [run.text for turns in runs for sides in turns for side in sides for run in side if not run.is_mixed]
         )
         if self._is_whole:
             texts |= dict.fromkeys(_whole_text(turns) for turns in runs if not _has_mixed(turns))
         ids_of = dict(zip(texts, self._encode_batch(list(texts)), strict=True))
         return [self._sequence(turns, ids_of) for turns in runs]
 
-    def _sequence(
-        self, turns: Sequence[tuple[list[_Run], list[_Run]]], ids_of: dict[str, list[int]]
-    ) -> list[EncodedTurn]:
-        encoded = []
-        for prompt, answer in turns:
-            sides = []
-            for side in (prompt, answer):
-                ids: list[int] = []
-                weights: list[float] = []
-                for run in side:
-                    new = self._mixed(run) if run.is_mixed else ids_of[run.text]
-                    ids += new
-                    weights += [run.label_weight] * len(new)
-                sides += [ids, weights]
-            encoded.append(
-                EncodedTurn(prompt_ids=sides[0], prompt_weights=sides[1], answer_ids=sides[2], answer_weights=sides[3])
-            )
+    def _sequence(self, turns: Sequence[_Sides], ids_of: Mapping[str, Ids]) -> list[EncodedTurn]:
+        encoded = [EncodedTurn(*self._side(prompt, ids_of), *self._side(answer, ids_of)) for prompt, answer in turns]
         if self._is_whole and not _has_mixed(turns):
-            whole = ids_of[_whole_text(turns)]
-            if whole != [token for turn in encoded for token in (*turn.prompt_ids, *turn.answer_ids)]:
+            ids = array("i")
+            for turn in encoded:
+                ids += turn.prompt_ids + turn.answer_ids
+            if ids_of[_whole_text(turns)] != ids:
                 return self._by_offsets(turns) or encoded
         return encoded
 
-    def _by_offsets(self, turns: Sequence[tuple[list[_Run], list[_Run]]]) -> list[EncodedTurn] | None:
+    def _side(self, runs: Sequence[_Run], ids_of: Mapping[str, Ids]) -> tuple[Ids, Weights]:
+        ids, weights = array("i"), array("f")
+        for run in runs:
+            new = self._mixed(run) if run.is_mixed else ids_of[run.text]
+            ids = ids + new if ids else new
+            weights += array("f", (run.label_weight,)) * len(new)
+        return ids, weights
+
+    def _by_offsets(self, turns: Sequence[_Sides]) -> list[EncodedTurn] | None:
         """Ids of the whole text, dealt out to the runs by the character at which each token starts.
 
         None if a token reaches from a prompt into its answer: generation cannot write that token, so the ids of the
@@ -111,26 +115,26 @@ class Encoder:
         """
         encoding = self.backend.encode(_whole_text(turns), add_special_tokens=False)
         starts = [offset[0] for offset in encoding.offsets]
-        encoded, position, token = [], 0, 0
+        ids = array("i", encoding.ids)
+        encoded: list[EncodedTurn] = []
+        position, token = 0, 0
         for prompt, answer in turns:
             sides: list[Any] = []
             for side in (prompt, answer):
-                first, weights = token, []
+                first, weights = token, array("f")
                 for run in side:
                     position += len(run.text)
                     end = token
                     while end < len(starts) and starts[end] < position:
                         end += 1
-                    weights += [run.label_weight] * (end - token)
+                    weights += array("f", (run.label_weight,)) * (end - token)
                     token = end
-                sides += [encoding.ids[first:token], weights]
+                sides += [ids[first:token], weights]
                 if side is prompt and token and encoding.offsets[token - 1][1] > position:
                     return None
-            encoded.append(
-                EncodedTurn(prompt_ids=sides[0], prompt_weights=sides[1], answer_ids=sides[2], answer_weights=sides[3])
-            )
+            encoded.append(EncodedTurn(*sides))
         asked = "".join(run.text for run in turns[0][0])
-        if self.backend.encode(asked, add_special_tokens=False).ids != list(encoded[0].prompt_ids):
+        if self.backend.encode(asked, add_special_tokens=False).ids != encoded[0].prompt_ids.tolist():
             self.num_shifted += 1
         return encoded
 
@@ -140,29 +144,34 @@ class Encoder:
         weight = 0.0
         for segment in segments:
             own = segment.weight if segment.trainable else 0.0
-            if group and own != weight:
-                runs.append(self._run(group, weight))
-                group = []
-            weight = own
+            if own != weight:
+                if group:
+                    runs.append(self._run(group, weight))
+                    group = []
+                weight = own
             group.append(segment)
-        return [*runs, self._run(group, weight)] if group else runs
+        if group:
+            runs.append(self._run(group, weight))
+        return runs
 
     def _run(self, segments: list[Segment], weight: float) -> _Run:
-        special = self._special
-        is_mixed = special is not None and any(
-            [segment.is_literal and special.search(segment.text) is not None for segment in segments]
-        )
+        is_mixed = False
+        if self._special is not None:
+            for segment in segments:
+                if segment.is_literal and self._special_start in segment.text and self._special.search(segment.text):
+                    is_mixed = True
         return _Run(segments, weight, "".join([segment.text for segment in segments]), is_mixed)
 
-    def _mixed(self, run: _Run) -> list[int]:
+    def _mixed(self, run: _Run) -> Ids:
         """Ids of a run with special tokens where the markup has them, and plain text everywhere else."""
         if self._plain is None:
             self._plain = type(self.backend).from_str(self.backend.to_str())
             self._plain.encode_special_tokens = True
-        ids: list[int] = []
+        ids = array("i")
         for is_special, pieces in groupby(self._split(run.segments), key=lambda piece: piece[0]):
             text = "".join(piece[1] for piece in pieces)
-            ids += (self.backend if is_special else self._plain).encode(text, add_special_tokens=False).ids
+            backend = self.backend if is_special else self._plain
+            ids.extend(backend.encode(text, add_special_tokens=False).ids)
         return ids
 
     def _split(self, segments: Sequence[Segment]) -> list[tuple[bool, str]]:
@@ -179,12 +188,20 @@ class Encoder:
             pieces.append((False, segment.text[end:]))
         return [piece for piece in pieces if piece[1]]
 
-    def _encode_batch(self, texts: list[str]) -> list[list[int]]:
+    def _encode_batch(self, texts: list[str]) -> list[Ids]:
         if not self._is_ready:  # a warm start encodes nothing
             self._words, self._is_ready = word_encoder(self.backend), True
-        if self._words is not None:
-            return self._words.encode_batch(texts)
-        return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        if self._words is None:
+            found = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+            return [array("i", encoding.ids) for encoding in found]
+        ids = self._words.encode_batch(texts)
+        if not self._words.is_trusted:
+            self._words, self.has_lost_words = None, True
+            warn(
+                "ids that were looked up word by word differ from those of the tokenizer; from here on the tokenizer "
+                "makes all ids, which is slower. Please report the tokenizer's name"
+            )
+        return ids
 
 
 def clean_backend(tokenizer: Any) -> Tokenizer:
@@ -213,28 +230,38 @@ def special_token_pattern(backend: Tokenizer) -> re.Pattern[str] | None:
     return re.compile("|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))) if words else None
 
 
+class Cut(NamedTuple):
+    """Turns of one example, and how many tokens of each prompt and answer it keeps, counted from the side's start."""
+
+    turns: Sequence[EncodedTurn]
+    kept: Sequence[tuple[int, int]]
+
+
 def assemble(turns: Sequence[EncodedTurn], cutoff_len: int, *, keep_last: bool = False) -> Example:
     """One training example of at most `cutoff_len` tokens, cut turn by turn as `kept_lengths` says."""
-    return assemble_kept(turns, kept_lengths(turns, cutoff_len, keep_last=keep_last))
+    return assemble_all([Cut(turns, kept_lengths(turns, cutoff_len, keep_last=keep_last))]).example(0)
 
 
-def assemble_kept(turns: Sequence[EncodedTurn], kept: Sequence[tuple[int, int]]) -> Example:
-    """The example of the first tokens of each turn's prompt and answer, as many as `kept` says."""
-    total = sum(len(turn.prompt_ids) + len(turn.answer_ids) for turn in turns)
-    sides: list[tuple[Sequence[int], Sequence[float]]] = []
-    for turn, (num_prompt, num_answer) in zip(turns, kept, strict=True):
-        sides += [
-            (turn.prompt_ids[:num_prompt], turn.prompt_weights[:num_prompt]),
-            (turn.answer_ids[:num_answer], turn.answer_weights[:num_answer]),
-        ]
-    ids = np.array(list(chain.from_iterable([side[0] for side in sides])), dtype=np.int32)
-    all_weights = list(chain.from_iterable([side[1] for side in sides]))
-    weights = np.array(all_weights, dtype=np.float32)
-    return Example(
-        input_ids=ids,
-        labels=np.where(weights != 0, ids, np.int32(IGNORE_INDEX)),
-        weights=None if _ON_OR_OFF.issuperset(all_weights) else weights,
-        num_cut=total - len(ids),
+def assemble_all(cuts: Sequence[Cut]) -> Shard:
+    """The examples of all cuts, end to end, each a group of its own."""
+    ids: list[Ids] = []
+    weights: list[Weights] = []
+    lengths: list[int] = []
+    num_cut: list[int] = []
+    for turns, kept in cuts:
+        length, total = 0, 0
+        for turn, (num_prompt, num_answer) in zip(turns, kept, strict=True):
+            length += num_prompt + num_answer
+            total += len(turn.prompt_ids) + len(turn.answer_ids)
+            ids += (turn.prompt_ids[:num_prompt], turn.answer_ids[:num_answer])
+            weights += (turn.prompt_weights[:num_prompt], turn.answer_weights[:num_answer])
+        lengths.append(length)
+        num_cut.append(total - length)
+    return shard_of(
+        np.frombuffer(b"".join(ids), dtype=np.int32),
+        np.frombuffer(b"".join(weights), dtype=np.float32),
+        lengths=lengths,
+        num_cut=num_cut,
     )
 
 
@@ -273,9 +300,8 @@ def cut_places(turns: Sequence[EncodedTurn], kept: Sequence[tuple[int, int]]) ->
 def join_history(turns: Sequence[EncodedTurn]) -> EncodedTurn:
     """All before the last answer as one prompt without loss, and the last answer: a judged answer with its prompt."""
     sides = [ids for turn in turns for ids in (turn.prompt_ids, turn.answer_ids)][:-1]
-    prompt_ids = [token for side in sides for token in side]
-    last = turns[-1]
-    return replace(last, prompt_ids=prompt_ids, prompt_weights=[0.0] * len(prompt_ids))
+    prompt_ids = array("i", b"".join(sides))
+    return turns[-1]._replace(prompt_ids=prompt_ids, prompt_weights=array("f", (0.0,)) * len(prompt_ids))
 
 
 def share_budget(num_prompt: int, num_answer: int, budget: int) -> tuple[int, int]:
@@ -294,9 +320,16 @@ def share_budget(num_prompt: int, num_answer: int, budget: int) -> tuple[int, in
     return min(max(budget - kept_answer, 0), num_prompt), kept_answer
 
 
-def _has_mixed(turns: Sequence[tuple[list[_Run], list[_Run]]]) -> bool:
+def _common_start(backend: Tokenizer) -> str:
+    """The character with which all special tokens begin; empty where there is none."""
+    words = [token.content for token in backend.get_added_tokens_decoder().values() if token.special and token.content]
+    starts = {word[0] for word in words}
+    return starts.pop() if len(starts) == 1 else ""
+
+
+def _has_mixed(turns: Sequence[_Sides]) -> bool:
     return any(run.is_mixed for sides in turns for side in sides for run in side)
 
 
-def _whole_text(turns: Sequence[tuple[list[_Run], list[_Run]]]) -> str:
+def _whole_text(turns: Sequence[_Sides]) -> str:
     return "".join(run.text for sides in turns for side in sides for run in side)

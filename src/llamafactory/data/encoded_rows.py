@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from llamafactory.data.encode import EncodedTurn, Encoder, assemble_kept
+from llamafactory.data.encode import Cut, Encoder, assemble_all
 from llamafactory.data.formats import Record
 from llamafactory.data.records import RecordReader, chunked
 from llamafactory.data.render import mask_options
 from llamafactory.data.row_error import RowError
-from llamafactory.data.table import NO_FLAG
+from llamafactory.data.table import Shard
 from llamafactory.data.types import DatasetSpec, Example, Template, Turn, ViewName
-from llamafactory.data.views import Cut, Reading, View, find_view, refuse_other_data
+from llamafactory.data.views import Reading, View, find_view, refuse_other_data
 from llamafactory.extras import failpoints
 from llamafactory.extras.errors import DataError
 from llamafactory.hparams.data import DataConfig
@@ -24,18 +23,33 @@ NO_TARGET = "no supervised token"
 TOO_LONG = "longer than cutoff_len"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EncodedRow:
-    """One row: what is kept of its sequences, and the examples made of them.
+class EncodedRow(NamedTuple):
+    """One row: what is kept of its sequences, and the examples made of them; none where no answer carries loss.
 
-    Both are empty where no answer of the row carries loss.
+    Attributes:
+        origin: names the row.
+        flag: what is said about its answer, see `View`.
+        counts: what rendering counted.
+        cuts: one an example.
+        shard: where its examples lie, among those of other rows.
+        places: the places of its examples there.
+        num_supervised: of each example, the supervised tokens that can be predicted.
+        num_cut: of each example, the tokens that were cut.
     """
 
     origin: str
-    flag: int = NO_FLAG
-    counts: Counter[str] = field(default_factory=Counter[str])
-    cuts: list[Cut] = field(default_factory=list[Cut])
-    examples: list[Example] = field(default_factory=list[Example])
+    flag: int
+    counts: dict[str, int]
+    cuts: Sequence[Cut]
+    shard: Shard
+    places: range
+    num_supervised: Sequence[int]
+    num_cut: Sequence[int]
+
+    @property
+    def examples(self) -> list[Example]:
+        """The examples themselves."""
+        return [self.shard.example(place) for place in self.places]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,49 +88,57 @@ class RowEncoder:
         encoder = Encoder(tokenizer, is_whole=template.is_tokenized_whole)
         return cls(view=find_view(view), reading=reading, encoder=encoder, overlong=data.overlong)
 
-    def encode(
-        self, records: Sequence[tuple[str, Record]], lose: Callable[[str, RowError], None]
-    ) -> Iterator[EncodedRow]:
+    def encode(self, records: Sequence[tuple[str, Record]], lose: Callable[[str, RowError], None]) -> list[EncodedRow]:
         """The records as examples, in their order; those that break a rule are handed to `lose`."""
         failpoints.visit("data")
         sequences: list[Sequence[Turn]] = []
-        rows: list[tuple[EncodedRow, int]] = []
+        rows: list[tuple[str, int, dict[str, int], int]] = []
         for origin, record in records:
-            counts: Counter[str] = Counter()
+            counts: dict[str, int] = {}
             try:
                 turns = self.view.render(record, self.reading, counts)
             except RowError as error:
                 lose(origin, error)
                 continue
             sequences += turns
-            rows.append((EncodedRow(origin=origin, flag=self.view.flag(record), counts=counts), len(turns)))
-        encoded: Iterator[list[EncodedTurn]] = iter(self.encoder.encode(sequences))
-        for row, count in rows:
-            row.cuts.extend(self.view.cut([next(encoded) for _ in range(count)], self.reading))
-            row.examples.extend(assemble_kept(cut.turns, cut.kept) for cut in row.cuts)
-            yield row
+            rows.append((origin, self.view.flag(record), counts, len(turns)))
+        encoded = self.encoder.encode(sequences)
+        cuts: list[Cut] = []
+        ends: list[int] = []
+        first = 0
+        for *_, count in rows:
+            cuts += self.view.cut(encoded[first : first + count], self.reading)
+            first += count
+            ends.append(len(cuts))
+        shard = assemble_all(cuts)
+        num_supervised, num_cut = shard.num_supervised.tolist(), shard.cuts.tolist()
+        return [
+            EncodedRow(origin, flag, counts, cuts[i:j], shard, range(i, j), num_supervised[i:j], num_cut[i:j])
+            for (origin, flag, counts, _), i, j in zip(rows, [0, *ends], ends, strict=False)
+        ]
 
-    def keep(self, examples: Sequence[Example], origin: str) -> tuple[list[Example], str]:
-        """The examples of a row that are used, and why none is.
+    def keep(self, row: EncodedRow) -> tuple[Sequence[int], str]:
+        """The places of the examples of a row that are used, and why none is.
 
         Raises:
             DataError: an example is too long, and the config wants that to stop the run.
         """
-        cut = next((example for example in examples if example.num_cut), None)
-        if cut is not None and self.overlong == "error":
+        if self.overlong == "error" and any(row.num_cut):
+            place = next(place for place, num_cut in enumerate(row.num_cut) if num_cut)
             cutoff_len = self.reading.cutoff_len
             raise DataError(
                 "an example is longer than cutoff_len",
-                where=origin,
-                found=f"{len(cut) + cut.num_cut:,} tokens",
+                where=row.origin,
+                found=f"{len(row.examples[place]) + row.num_cut[place]:,} tokens",
                 expected=f"at most {cutoff_len:,} tokens (overlong: error)",
                 fix="raise cutoff_len, or set overlong: truncate or drop",
             )
-        fitting = [example for example in examples if not example.num_cut or self.overlong == "truncate"]
-        kept = [example for example in fitting if example.num_supervised or not self.view.is_supervised]
-        reason = NO_TARGET if fitting or not examples else TOO_LONG
-        if self.view.is_whole and len(kept) < len(examples):
-            return [], reason if len(fitting) == len(examples) else TOO_LONG
+        judged = zip(row.places, row.num_supervised, row.num_cut, strict=True)
+        fitting = [(place, count) for place, count, num_cut in judged if not num_cut or self.overlong == "truncate"]
+        kept = [place for place, num_supervised in fitting if num_supervised or not self.view.is_supervised]
+        reason = NO_TARGET if fitting or not row.places else TOO_LONG
+        if self.view.is_whole and len(kept) < len(row.places):
+            return (), reason if len(fitting) == len(row.places) else TOO_LONG
         return kept, reason
 
 

@@ -18,10 +18,11 @@ from llamafactory.data.encoded_rows import RowEncoder, open_reader
 from llamafactory.data.lost_rows import keep_lost_rows, refuse_useless
 from llamafactory.data.mix import Mix, mix_rows
 from llamafactory.data.order import split_order
+from llamafactory.data.records import RecordReader
 from llamafactory.data.registry import find_specs
 from llamafactory.data.stream import ExampleStream
 from llamafactory.data.table import Examples, ExampleTable, join_tables
-from llamafactory.data.token_cache import TokenCaches
+from llamafactory.data.token_cache import TokenCache, TokenCaches
 from llamafactory.data.tokenised import Tokenised, take_stored, tokenise
 from llamafactory.data.types import SourceAccess, Template, ViewName
 from llamafactory.extras.errors import DataError
@@ -79,12 +80,18 @@ def prepare_data(
     rows = RowEncoder.from_config(data, view, template, tokenizer)
     caches = TokenCaches.of(data, cache_dir)
     sets: dict[str, list[Tokenised]] = {"train": [], "eval": []}
+    made: list[tuple[str, int, RecordReader, TokenCache]] = []
     for use, names in (("train", data.dataset), ("eval", data.eval_dataset)):
         for spec in find_specs(names, data.dataset_dir, access or SourceAccess(media_dir=data.media_dir)):
             reader = open_reader(spec, data, rows.view, seed=seed, allows_media=False)
             cache = caches.find(use, spec.name, key_parts(reader, rows))
+            had_lost_words = rows.encoder.has_lost_words
             sets[use].append(tokenise(reader, rows, cache, remakes=data.overwrite_cache))
             refuse_useless(sets[use][-1], data, output_dir)
+            if rows.encoder.has_lost_words and not had_lost_words:
+                for other, place, earlier, doubted in made:
+                    sets[other][place] = tokenise(earlier, rows, doubted, remakes=True)
+            made.append((use, len(sets[use]) - 1, reader, cache))
     if not data.dataset and not data.eval_dataset:
         for cache in caches.stored(method_parts(rows)):
             sets[cache.use].append(take_stored(cache))

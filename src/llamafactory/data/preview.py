@@ -103,20 +103,19 @@ def preview_rows(
     reader = open_reader(spec, first, rows.view, seed=seed)
     for row in encode_rows(reader, rows):
         try:
-            kept, reason = rows.keep(row.examples, row.origin)
+            kept, reason = rows.keep(row)
         except DataError as error:
-            kept, reason = [], error.what
-        used = {id(example) for example in kept}
+            kept, reason = (), error.what
         shown = [
-            show_example(example, backend, cuts=cut_places(*cut), is_used=id(example) in used)
-            for cut, example in zip(row.cuts, row.examples, strict=True)
+            show_example(example, backend, cuts=cut_places(*cut), is_used=place in kept)
+            for cut, place, example in zip(row.cuts, row.places, row.examples, strict=True)
         ]
         yield ShownRow(
             dataset=spec.name,
             origin=row.origin,
             examples=tuple(shown),
             reason="" if kept else reason,
-            num_left_out=row.counts[LEFT_OUT],
+            num_left_out=row.counts.get(LEFT_OUT, 0),
             view=view,
             is_liked=None if row.flag == NO_FLAG else bool(row.flag),
         )

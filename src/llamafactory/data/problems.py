@@ -73,7 +73,7 @@ def check_dataset(
         reader = open_reader(spec, data, rows.view, seed=seed)
         for row in encode_rows(reader, rows):
             try:
-                kept, reason = rows.keep(row.examples, row.origin)
+                kept, reason = rows.keep(row)
             except DataError as error:
                 stops = True
                 problems.append(_of_error(spec.name, error, field="row"))
@@ -179,7 +179,7 @@ def _of_error(dataset: str, error: DataError, field: str = "") -> DataProblem:
 
 
 def _no_target(dataset: str, row: EncodedRow, data: DataConfig) -> DataProblem:
-    num_cut = sum(example.num_cut for example in row.examples)
+    num_cut = sum(row.num_cut)
     found = f"none in the first {data.cutoff_len:,} tokens" if num_cut else "no answer that carries loss"
     fix = f"raise cutoff_len ({num_cut:,} tokens are cut)" if num_cut else "look at train and weight in the row"
     return _problem(

@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from hashlib import sha256
 from itertools import islice
 
 from llamafactory.data.data_report import LostRow
@@ -45,15 +44,6 @@ class RecordReader:
     num_rows: int = 0
     lost: list[LostRow] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        """Start the fingerprint."""
-        self._hash = sha256()
-
-    @property
-    def fingerprint(self) -> str:
-        """Sha256 of the rows read so far, in order."""
-        return self._hash.hexdigest()
-
     def lose(self, origin: str, error: RowError) -> None:
         """Note a row that cannot be used."""
         self.lost.append(LostRow.from_error(self.spec.name, origin, error))
@@ -62,7 +52,6 @@ class RecordReader:
         """Origin and record of each row that keeps the rules."""
         for row in self.rows():
             self.num_rows += 1
-            self._hash.update(hashable(row))
             try:
                 record = self.read(row)
             except RowError as error:
@@ -150,7 +139,10 @@ def fill_variables(record: Record, variables: Mapping[str, str], dataset: str) -
 
 
 def _with_messages(conversation: Conversation, fill: Callable[[Message], Message]) -> Conversation:
-    if not any("{{" in message.content for message in conversation.messages):
+    for message in conversation.messages:
+        if "{{" in message.content:
+            break
+    else:
         return conversation
     return replace(conversation, messages=tuple(fill(message) for message in conversation.messages))
 

@@ -5,11 +5,9 @@ The template writes the text; here the masking options and the marks of single m
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 
-from llamafactory.data.types import Conversation, MaskOptions, Message, Segment, Template, Turn
+from llamafactory.data.types import Conversation, MaskOptions, Segment, Template, Turn
 from llamafactory.extras.errors import DataError
 from llamafactory.extras.log import note
 from llamafactory.hparams.data import DataConfig
@@ -26,7 +24,7 @@ def mask_options(data: DataConfig) -> MaskOptions:
 
 
 def render_turns(
-    conversation: Conversation, template: Template, mask: MaskOptions, *, counts: Counter[str] | None = None
+    conversation: Conversation, template: Template, mask: MaskOptions, *, counts: dict[str, int] | None = None
 ) -> list[tuple[Turn, ...]]:
     """The training sequences of a conversation: usually one, or one an answer where the template rewrites history.
 
@@ -50,12 +48,12 @@ def render_turns(
             expected="a template that writes history as it was",
             fix="set train_on_prompt: false, or use conversations of a single turn; thoughts: preserve_thinking: true",
         )
-    last = max((turn.message_index for turns in sequences for turn in turns), default=-1)
+    last = max([turn.message_index for turns in sequences for turn in turns], default=-1)
     marked = [
-        tuple(_mark(turn, conversation, mask, is_last=turn.message_index == last) for turn in turns)
+        tuple([_mark(turn, conversation, mask, is_last=turn.message_index == last) for turn in turns])
         for turns in sequences
     ]
-    kept = [turns for turns in marked if any(s.trainable for turn in turns for s in (*turn.prompt, *turn.answer))]
+    kept = [turns for turns in marked if _is_trainable(turns)]
     used = kept[-1:] if mask.rewritten_history == "last" else kept
     if len(kept) > 1:
         what = "only the last of them is trained" if len(used) == 1 else "each becomes a training sequence of its own"
@@ -65,23 +63,33 @@ def render_turns(
     return used
 
 
+def _is_trainable(turns: Sequence[Turn]) -> bool:
+    for turn in turns:
+        for segment in (*turn.answer, *turn.prompt):
+            if segment.trainable:
+                return True
+    return False
+
+
 def _mark(turn: Turn, conversation: Conversation, mask: MaskOptions, *, is_last: bool) -> Turn:
     message = conversation.messages[turn.message_index]
-    prompt = _on(turn.prompt) if mask.train_on_prompt else turn.prompt
-    is_wanted = {"all": True, "last": is_last, "tool_calls": bool(message.tool_calls)}[mask.train_on]
-    answer = _answer(turn.answer, message, is_masked=not is_wanted)
-    return turn if prompt is turn.prompt and answer is turn.answer else replace(turn, prompt=prompt, answer=answer)
+    if message.train is None:
+        is_trained = mask.train_on == "all" or (is_last if mask.train_on == "last" else bool(message.tool_calls))
+    else:
+        is_trained = message.train  # beats the masking options
+    if is_trained and message.weight == 1.0 and not mask.train_on_prompt:
+        return turn
+    return turn._replace(
+        prompt=_on(turn.prompt) if mask.train_on_prompt else turn.prompt,
+        answer=_weighted(turn.answer, message.weight if is_trained else 0.0),
+    )
 
 
-def _answer(answer: Sequence[Segment], message: Message, *, is_masked: bool) -> tuple[Segment, ...]:
-    """The answer with its message's own `train` and `weight`; `train` beats the masking options."""
-    is_trained = not is_masked if message.train is None else message.train
-    if is_trained and message.weight == 1.0:
-        return tuple(answer)
-    if not is_trained or message.weight == 0.0:
-        return tuple(replace(segment, trainable=False) for segment in answer)
-    return tuple(replace(segment, weight=message.weight) if segment.trainable else segment for segment in answer)
+def _weighted(answer: Sequence[Segment], weight: float) -> tuple[Segment, ...]:
+    if weight == 0.0:
+        return tuple([segment._replace(trainable=False) for segment in answer])
+    return tuple([segment._replace(weight=weight) if segment.trainable else segment for segment in answer])
 
 
 def _on(segments: Sequence[Segment]) -> tuple[Segment, ...]:
-    return tuple(replace(segment, trainable=True) for segment in segments)
+    return tuple([segment._replace(trainable=True) for segment in segments])

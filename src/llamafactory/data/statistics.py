@@ -80,12 +80,12 @@ def measure_dataset(
     seen: set[bytes] = set()
     for row in encode_rows(reader, rows):
         lengths += [len(example) + example.num_cut for example in row.examples]
-        totals["over"] += any(example.num_cut for example in row.examples)
-        kept, reason = rows.keep(row.examples, row.origin)
+        totals["over"] += any(row.num_cut)
+        kept, reason = rows.keep(row)
         if not kept:
             dropped[reason] += 1
         totals["kept"] += bool(kept)
-        for example in kept:
+        for example in [row.shard.example(place) for place in kept]:
             totals["examples"] += 1
             totals["tokens"] += len(example)
             totals["supervised"] += example.num_supervised

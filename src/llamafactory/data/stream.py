@@ -161,9 +161,9 @@ class ExampleStream:
             lost.append(LostRow.from_error(names[origin], origin, error))
 
         for encoded in self._encoder.encode(records, lose):
-            kept, reason = self._encoder.keep(encoded.examples, encoded.origin)
+            kept, reason = self._encoder.keep(encoded)
             if kept:
-                builder.add(kept, encoded.flag)
+                builder.take(encoded.shard, kept, encoded.flag)
             else:
                 lost.append(LostRow(dataset=names[encoded.origin], origin=encoded.origin, reason=reason, is_bad=False))
         self.num_encoded += len(chosen)

@@ -38,12 +38,12 @@ class Shard:
     flags: NDArray[np.int8]
 
     @property
-    def num_supervised(self) -> int:
-        """Supervised tokens that can be predicted: all but a supervised first token of an example."""
-        is_supervised = self.tokens >= 0
+    def num_supervised(self) -> NDArray[np.int64]:
+        """Supervised tokens of each example that can be predicted: all but a supervised first token."""
+        is_supervised = np.concatenate([self.tokens >= 0, [False]])
         starts = self.example_ends - np.diff(self.example_ends, prepend=0)
-        firsts = starts[starts < self.example_ends]
-        return int(np.count_nonzero(is_supervised)) - int(np.count_nonzero(is_supervised[firsts]))
+        counts = np.concatenate([[0], np.cumsum(is_supervised, dtype=np.int64)])
+        return counts[self.example_ends] - counts[np.minimum(starts + 1, self.example_ends)]
 
     def example(self, place: int, first: int = 0, last: int | None = None) -> Example:
         """The example at `place`, or its tokens from `first` up to `last`."""
@@ -59,6 +59,28 @@ class Shard:
             weights=weights,
             num_cut=int(self.cuts[place]),
         )
+
+
+def shard_of(
+    ids: NDArray[np.int32], weights: NDArray[np.float32], *, lengths: Sequence[int], num_cut: Sequence[int]
+) -> Shard:
+    """Examples that lie end to end, each a group of its own.
+
+    Args:
+        ids: `[tokens]` token ids.
+        weights: `[tokens]` loss weight of each, 0: not supervised.
+        lengths: tokens of each example.
+        num_cut: tokens that truncation took out of each.
+    """
+    is_supervised = weights != 0
+    return Shard(
+        tokens=np.where(is_supervised, ids, ~ids),
+        weights=None if bool((weights == is_supervised).all()) else weights,
+        example_ends=np.cumsum(lengths, dtype=np.int64),
+        cuts=np.array(num_cut, dtype=np.int32),
+        group_ends=np.arange(1, len(lengths) + 1, dtype=np.int64),
+        flags=np.full(len(lengths), NO_FLAG, dtype=np.int8),
+    )
 
 
 class ShardBuilder:
@@ -77,6 +99,18 @@ class ShardBuilder:
             self._tokens.append(np.where(example.labels == IGNORE_INDEX, ~example.input_ids, example.input_ids))
             self._weights.append(example.weights)
             self._cuts.append(example.num_cut)
+        self._end_group(flag)
+
+    def take(self, shard: Shard, places: Iterable[int], flag: int = NO_FLAG) -> None:
+        """Append the examples at these places of a shard as those of one row."""
+        for place in places:
+            part = slice(int(shard.example_ends[place - 1]) if place else 0, int(shard.example_ends[place]))
+            self._tokens.append(shard.tokens[part])
+            self._weights.append(None if shard.weights is None else shard.weights[part])
+            self._cuts.append(int(shard.cuts[place]))
+        self._end_group(flag)
+
+    def _end_group(self, flag: int) -> None:
         self._group_ends.append(len(self._tokens))
         self._flags.append(flag)
 

@@ -8,17 +8,17 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from llamafactory.data.cache_key import fingerprint_of
 from llamafactory.data.data_report import DatasetReport, LostRow
 from llamafactory.data.encoded_rows import RowEncoder
 from llamafactory.data.formats import Record
-from llamafactory.data.records import RecordReader, hashable
+from llamafactory.data.records import RecordReader
 from llamafactory.data.render import LEFT_OUT, REWRITTEN
 from llamafactory.data.row_error import RowError
 from llamafactory.data.sources import SourceRow, list_files
@@ -64,7 +64,7 @@ def tokenise(reader: RecordReader, rows: RowEncoder, cache: TokenCache, *, remak
             found = cache.load()  # another process may have made it while this one waited
             found = _make(reader, rows, cache) if found is None else found
     names = dict(zip(cache.file_names(), _file_names(reader.spec), strict=False))
-    return _together(reader.spec.name, found, names)
+    return _together(cache, reader.spec.name, found, names)
 
 
 def take_stored(cache: TokenCache) -> Tokenised:
@@ -78,7 +78,7 @@ def take_stored(cache: TokenCache) -> Tokenised:
         raise DataError(
             "tokenised rows are incomplete or damaged", where=str(cache.folder), fix="set dataset to make them again"
         )
-    return _together(cache.name, found, {})
+    return _together(cache, cache.name, found, {})
 
 
 def _file_names(spec: DatasetSpec) -> list[str]:
@@ -86,13 +86,20 @@ def _file_names(spec: DatasetSpec) -> list[str]:
 
 
 def _make(reader: RecordReader, rows: RowEncoder, cache: TokenCache) -> list[tuple[Shard, dict[str, Any]]]:
-    """Makes the shards that are not sealed yet, and maps all of them."""
+    """Makes the shards that are not sealed yet, and maps all of them.
+
+    Starts again where looked-up words turn out to be wrong: no shard that was made with them is kept.
+    """
     number, num_rows = 0, 0
+    had_lost_words = rows.encoder.has_lost_words
     last_line = time.monotonic()
     for number, chunk in enumerate(row_chunks(reader.rows(), ROWS_PER_SHARD), start=1):
         num_rows += len(chunk)
         if not cache.has(number - 1):
             cache.seal(number - 1, *encode_shard(chunk, reader, rows))
+        if rows.encoder.has_lost_words and not had_lost_words:
+            cache.clear()
+            return _make(reader, rows, cache)
         if time.monotonic() - last_line > _SECONDS_BETWEEN_LINES:
             log.info(f"{reader.spec.name}: {num_rows:,} rows tokenised")
             last_line = time.monotonic()
@@ -102,7 +109,7 @@ def _make(reader: RecordReader, rows: RowEncoder, cache: TokenCache) -> list[tup
 
 def encode_shard(chunk: Sequence[SourceRow], reader: RecordReader, rows: RowEncoder) -> tuple[Shard, dict[str, Any]]:
     """The examples of some rows, and what is to be remembered about them."""
-    builder, digest = ShardBuilder(), sha256()
+    builder = ShardBuilder()
     bad: list[LostRow] = []
     dropped: list[LostRow] = []
     counts: Counter[str] = Counter()
@@ -113,20 +120,19 @@ def encode_shard(chunk: Sequence[SourceRow], reader: RecordReader, rows: RowEnco
 
     with log.recording() as said, _without_cycle_search():
         for part in row_chunks(iter(chunk), _ROWS_AT_ONCE):
-            digest.update(b"\n".join(hashable(row) for row in part))
             for row in rows.encode(list(_records(part, reader, lose)), lose):
-                counts.update(row.counts)
-                kept, reason = rows.keep(row.examples, row.origin)
+                if row.counts:
+                    counts.update(row.counts)
+                kept, reason = rows.keep(row)
                 if kept:
-                    builder.add(kept, row.flag)
+                    builder.take(row.shard, kept, row.flag)
                 else:
                     dropped.append(LostRow(dataset="", origin=row.origin, reason=reason, is_bad=False))
     shard = builder.build()
-    counts["supervised"] = shard.num_supervised
+    counts["supervised"] = int(shard.num_supervised.sum())
     counts[_SHIFTED] = rows.encoder.num_shifted - num_shifted
     record = {
         "num_rows": len(chunk),
-        "fingerprint": digest.hexdigest(),
         "counts": dict(counts),
         "lost": [asdict(row) for row in bad + dropped],
         "said": said,
@@ -154,7 +160,9 @@ def _records(part: Iterable[SourceRow], reader: RecordReader, lose: Any) -> Iter
             lose(row.origin, error)
 
 
-def _together(name: str, found: Sequence[tuple[Shard, Mapping[str, Any]]], file_names: Mapping[str, str]) -> Tokenised:
+def _together(
+    cache: TokenCache, name: str, found: Sequence[tuple[Shard, Mapping[str, Any]]], file_names: Mapping[str, str]
+) -> Tokenised:
     """All shards as one data set, under the name that it and its files have now; repeats what was said about them."""
     for _, record in found:
         for kind, message in record["said"]:
@@ -178,7 +186,7 @@ def _together(name: str, found: Sequence[tuple[Shard, Mapping[str, Any]]], file_
         num_cut_tokens=sum(int(cuts.sum(dtype=np.int64)) for cuts in num_cut),
         num_tokens=int(table.lengths.sum()),
         num_supervised_tokens=counts["supervised"],
-        fingerprint=sha256("\n".join(record["fingerprint"] for record in records).encode()).hexdigest(),
+        fingerprint=fingerprint_of(cache.parts),
         num_rewritten=counts[REWRITTEN],
         num_left_out=counts[LEFT_OUT],
     )

@@ -105,8 +105,7 @@ class Piece(NamedTuple):
     is_literal: bool = False
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """A piece of rendered text that is supervised as a whole or not at all.
 
     `is_literal` marks text that came from a row: special-token strings inside it are plain text. A template may leave
@@ -119,8 +118,7 @@ class Segment:
     is_literal: bool = False
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Turn:
+class Turn(NamedTuple):
     """What the model sees before an answer, and the answer with its stop.
 
     `message_index` says which message of the conversation is the answer. Segments at the end of `answer` that are not

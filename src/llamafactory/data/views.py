@@ -6,13 +6,13 @@ token ids are made for many rows at once.
 
 from __future__ import annotations
 
-from collections import Counter
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
-from typing import Any, NamedTuple
+from typing import Any
 
-from llamafactory.data.encode import EncodedTurn, join_history, kept_lengths, share_budget
+from llamafactory.data.encode import Cut, EncodedTurn, join_history, kept_lengths, share_budget
 from llamafactory.data.formats import Record
 from llamafactory.data.render import render_turns
 from llamafactory.data.row_error import RowError
@@ -39,13 +39,6 @@ _KINDS = {
 _LAST_ANSWER = MaskOptions(train_on="last")
 """The mask of views in which one answer is compared or judged."""
 _STAGES = {"conversations": "sft, ppo", "pairs": "rm, dpo", "feedback": "kto", "text": "pt"}
-
-
-class Cut(NamedTuple):
-    """Turns of one example, and how many tokens of each prompt and answer it keeps."""
-
-    turns: Sequence[EncodedTurn]
-    kept: Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,7 +76,7 @@ class View:
 
     name: ViewName
     kinds: tuple[str, ...]
-    render: Callable[[Record, Reading, Counter[str]], Sequence[Sequence[Turn]]]
+    render: Callable[[Record, Reading, dict[str, int]], Sequence[Sequence[Turn]]]
     cut: Callable[[Sequence[Sequence[EncodedTurn]], Reading], list[Cut]]
     flag: Callable[[Record], int] = lambda record: NO_FLAG
     is_whole: bool = True
@@ -125,7 +118,7 @@ def refuse_other_data(spec: DatasetSpec, view: View) -> None:
     )
 
 
-def _render_dialogue(record: Record, reading: Reading, counts: Counter[str]) -> Sequence[Sequence[Turn]]:
+def _render_dialogue(record: Record, reading: Reading, counts: dict[str, int]) -> Sequence[Sequence[Turn]]:
     return render_turns(_of(record, Conversation), reading.template, reading.mask, counts=counts)
 
 
@@ -134,7 +127,7 @@ def _cut_dialogue(sequences: Sequence[Sequence[EncodedTurn]], reading: Reading) 
     return [Cut(turns, kept_lengths(turns, reading.cutoff_len, keep_last=keep_last)) for turns in sequences]
 
 
-def _render_pair(record: Record, reading: Reading, counts: Counter[str]) -> Sequence[Sequence[Turn]]:
+def _render_pair(record: Record, reading: Reading, counts: dict[str, int]) -> Sequence[Sequence[Turn]]:
     pair = _of(record, Preference)
     sides = [
         _render_last(replace(pair.prompt, messages=(*pair.prompt.messages, answer)), reading)
@@ -161,12 +154,12 @@ def _with_prompt_of(turn: EncodedTurn, num_prompt: int) -> EncodedTurn:
     return EncodedTurn(
         prompt_ids=turn.prompt_ids[:num_prompt],
         prompt_weights=turn.prompt_weights[:num_prompt],
-        answer_ids=[*turn.prompt_ids[num_prompt:], *turn.answer_ids],
-        answer_weights=[*turn.prompt_weights[num_prompt:], *turn.answer_weights],
+        answer_ids=turn.prompt_ids[num_prompt:] + turn.answer_ids,
+        answer_weights=turn.prompt_weights[num_prompt:] + turn.answer_weights,
     )
 
 
-def _render_judged(record: Record, reading: Reading, counts: Counter[str]) -> Sequence[Sequence[Turn]]:
+def _render_judged(record: Record, reading: Reading, counts: dict[str, int]) -> Sequence[Sequence[Turn]]:
     return _render_last(_of(record, Feedback).conversation, reading)
 
 
@@ -185,7 +178,7 @@ def _render_last(conversation: Conversation, reading: Reading) -> Sequence[Seque
     return [turns for turns in sequences if turns[-1].message_index == len(conversation.messages) - 1][-1:]
 
 
-def _render_text(record: Record, reading: Reading, counts: Counter[str]) -> Sequence[Sequence[Turn]]:
+def _render_text(record: Record, reading: Reading, counts: dict[str, int]) -> Sequence[Sequence[Turn]]:
     messages = _of(record, Conversation).messages
     if [message.role for message in messages] != ["user"]:
         raise RowError(
@@ -209,7 +202,7 @@ def _cut_text(sequences: Sequence[Sequence[EncodedTurn]], reading: Reading) -> l
     return cuts
 
 
-def _render_prompt(record: Record, reading: Reading, counts: Counter[str]) -> Sequence[Sequence[Turn]]:
+def _render_prompt(record: Record, reading: Reading, counts: dict[str, int]) -> Sequence[Sequence[Turn]]:
     """The text before the next answer, and where the row has that answer, its bare text as a second sequence."""
     conversation = _of(record, Conversation)
     messages = conversation.messages
@@ -227,10 +220,10 @@ def _cut_prompt(sequences: Sequence[Sequence[EncodedTurn]], reading: Reading) ->
     cuts: list[Cut] = []
     for (turn,) in sequences:
         num_over = max(len(turn.prompt_ids) - reading.cutoff_len, 0)
-        head = replace(turn, prompt_ids=turn.prompt_ids[:num_over], prompt_weights=turn.prompt_weights[:num_over])
-        tail = replace(turn, prompt_ids=turn.prompt_ids[num_over:], prompt_weights=turn.prompt_weights[num_over:])
+        head = EncodedTurn(turn.prompt_ids[:num_over], turn.prompt_weights[:num_over], array("i"), array("f"))
+        tail = turn._replace(prompt_ids=turn.prompt_ids[num_over:], prompt_weights=turn.prompt_weights[num_over:])
         kept = (len(tail.prompt_ids), min(len(tail.answer_ids), reading.cutoff_len))
-        cuts.append(Cut([replace(head, answer_ids=[], answer_weights=[]), tail], [(0, 0), kept]))
+        cuts.append(Cut([head, tail], [(0, 0), kept]))
     return cuts
 
 

@@ -1,41 +1,33 @@
 """Token ids of many texts at once; a word that occurred before is looked up instead of tokenised again.
 
 A byte-level BPE tokenizer splits a text into words by a pattern and tokenises each word by itself, so the ids of a
-text are those of its words, end to end. For texts of common Latin characters the words are found here, by the
-tokenizer's own pattern, and only new words go to the Rust tokenizer. Every other text, and every tokenizer that is
-built otherwise, goes to it whole. What is found here is compared with the Rust tokenizer when a `WordEncoder` is made,
-and again for one text of each batch.
+text are those of its words, end to end, and those of any part that begins and ends with a word are always the same.
+Parts are found here (see `word_patterns`), and only new ones go to the Rust tokenizer. A text of other characters, and
+every tokenizer that is built otherwise, goes to it whole. What is found here is compared with the Rust tokenizer when
+a `WordEncoder` is made, and again for one text of each batch; after a difference, everything goes to it whole.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from llamafactory.data.word_patterns import WordPatterns, is_usual, usual_patterns, wide_patterns
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-_MOST_WORDS = 1 << 20
-_UPPER, _LOWER = "A-ZÀ-ÖØ-Þ", "a-zß-öø-ÿ"
-_MORE_NUMBERS = "²³¹₀-₉"
-_OTHERS = "–—‘’“”„•…€™£¥¢©®§¡¿«»°±·×÷−√∞≈≠≤≥→←′″✓"  # no letters, no digits, no white space
-_UNUSUAL = re.compile(f"[^\\t\\n\\r\\x20-\\x7e{_UPPER}{_LOWER}{_MORE_NUMBERS}{_OTHERS}]")
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_DIGITS = r"\p{N}|[^\p{N}]+"
-_GPT2_AFTER_DIGITS = r"\p{N}|" + _GPT2.replace(r"(?!\S)", r"(?![^\s\p{N}])")  # both at once: a digit ends a piece
-_CLASSES: Mapping[str, str] = {
-    "L": _UPPER + _LOWER,
-    "Lu": _UPPER,
-    "Ll": _LOWER,
-    "N": "0-9" + _MORE_NUMBERS,
-    "Nd": "0-9",
-    "No": _MORE_NUMBERS,
-    **dict.fromkeys(("Lt", "Lm", "Lo", "M", "Mn", "Nl"), ""),
-}
-"""Members of Unicode categories among the characters that `_UNUSUAL` lets pass."""
+    Ids = array[int]
+
+_MOST_PARTS = 1 << 18
+_TEXTS_AT_ONCE = 32
+"""As many as a processor's own cache holds in parts."""
+_WORTH_TABLES = 100_000
+"""Characters of unusual texts after which the tables of all scripts pay."""
 
 _PROBES = (
     "The capital of France is Paris. I'm sure they've said so; we'll see, won't we? IT'S JOHN'S.",
@@ -49,157 +41,125 @@ _PROBES = (
 
 
 class WordEncoder:
-    """Encodes texts word by word; made by `word_encoder`."""
+    """Encodes texts part by part; made by `word_encoder`.
 
-    def __init__(self, backend: Tokenizer, stages: Sequence[re.Pattern[str]]) -> None:
-        """Takes the tokenizer and the patterns that split a text into words, one after another."""
+    Attributes:
+        is_trusted: False once parts gave other ids than the tokenizer; from then on they are not used.
+    """
+
+    def __init__(self, backend: Tokenizer, patterns: WordPatterns) -> None:
+        """Takes the tokenizer and the patterns that split a text into words."""
+        self.is_trusted = True
         self._backend = backend
-        self._stages = stages
-        self._markup, self._tokens, self._unusual = _added_tokens(backend)
-        self._ids: dict[str, Sequence[int]] = dict(self._tokens)
+        self._usual = patterns
+        self._wide: WordPatterns | None = None
+        self._num_unusual = 0
+        self._markup, tokens, self._others = _added_tokens(backend)
+        self._tokens = {"": b"", **tokens}
+        self._ids = dict(self._tokens)
+        self._forgotten: set[str] = set()
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, without the special tokens that a post-processor would add.
-
-        Raises:
-            AssertionError: the words of a text give other ids than the Rust tokenizer; nothing is returned then.
-        """
-        words = [self._split(text) for text in texts]
-        whole = iter(self._rust([text for text, found in zip(texts, words, strict=True) if found is None]))
-        self._learn(words)
-        ids = self._ids
-        encoded = [
-            next(whole) if found is None else list(chain.from_iterable([ids[word] for word in found]))
-            for found in words
-        ]
-        self._compare(texts, words, encoded)
-        if len(ids) > _MOST_WORDS:
-            self._ids = dict(self._tokens)
+    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
+        """Ids of each text (int32), without the special tokens that a post-processor would add."""
+        if not self.is_trusted:
+            return self._rust(texts)
+        encoded: list[Ids] = []
+        seldom: set[str] = set()
+        longest = -1
+        for first in range(0, len(texts), _TEXTS_AT_ONCE):
+            some = texts[first : first + _TEXTS_AT_ONCE]
+            parts = [self._cut(text) for text in some]
+            whole = iter(self._rust([text for text, found in zip(some, parts, strict=True) if found is None]))
+            seldom.update(self._learn(parts))
+            ids = self._ids
+            for place, found in enumerate(parts, first):
+                if found is None:
+                    encoded.append(next(whole))
+                    continue
+                encoded.append(array("i", b"".join([ids[part] for part in found])))
+                if longest < 0 or len(texts[place]) > len(texts[longest]):
+                    longest = place
+        if longest >= 0 and self._rust([texts[longest]])[0] != encoded[longest]:
+            self.is_trusted = False
+            return self._rust(texts)
+        self._forget(seldom)
         return encoded
 
-    def _split(self, text: str) -> list[str] | None:
-        """Words and added tokens of a text, or None where the Rust tokenizer must find them."""
-        if _UNUSUAL.search(text) or (self._unusual and self._unusual.search(text)):
+    def _forget(self, seldom: set[str]) -> None:
+        """Drops parts that occurred once in this batch, and were not dropped after the last one."""
+        for part in seldom - self._forgotten:
+            del self._ids[part]
+        self._forgotten = seldom - self._forgotten
+        if len(self._ids) > _MOST_PARTS:
+            self._ids = dict(self._tokens)
+
+    def _cut(self, text: str) -> list[str] | None:
+        """Parts and added tokens of a text, or None where the Rust tokenizer must find them."""
+        patterns: WordPatterns | None = self._usual
+        if not is_usual(text):
+            patterns = self._patterns_for(text)
+        if patterns is None or (self._others and self._others.search(text)):
             return None
         if self._markup is None:
-            return self._words(text)
-        words: list[str] = []
+            return patterns.cut(text)
+        parts: list[str] = []
+        ids = self._ids
         for place, piece in enumerate(self._markup.split(text)):
-            words += [piece] if place % 2 else self._words(piece)
-        return words
+            parts += (piece,) if place % 2 or piece in ids else patterns.cut(piece)
+        return parts
 
-    def _words(self, text: str) -> list[str]:
-        pieces = [text] if text else []
-        for stage in self._stages:
-            find = stage.findall
-            pieces = find(pieces[0]) if len(pieces) == 1 else [word for piece in pieces for word in find(piece)]
-        return pieces
+    def _patterns_for(self, text: str) -> WordPatterns | None:
+        """The patterns for a text with unusual characters; made when there was enough of such text."""
+        before = self._num_unusual
+        self._num_unusual += len(text)
+        if before < _WORTH_TABLES <= self._num_unusual:
+            self._wide = wide_patterns(self._backend)
+        return None if self._wide is None or self._wide.unusual.search(text) else self._wide
 
-    def _learn(self, words: Sequence[list[str] | None]) -> None:
-        """Tokenises the words that are new."""
-        new = set(chain.from_iterable([found for found in words if found])).difference(self._ids)
-        plain = list(new)
-        self._ids.update(zip(plain, self._rust(plain), strict=True))
+    def _learn(self, parts: Sequence[list[str] | None]) -> list[str]:
+        """Makes the ids of new parts; returns those that occur once, which are not worth their memory."""
+        ids = self._ids
+        counts = Counter([part for found in parts if found for part in found if part not in ids])
+        if not counts:
+            return []
+        split = (self._wide or self._usual).split
+        words = {part: split(part) for part in counts}
+        new = list(set(chain.from_iterable(words.values())).difference(ids))
+        ids.update(zip(new, [found.tobytes() for found in self._rust(new)], strict=True))
+        seldom: list[str] = []
+        for part, found in words.items():
+            if part not in ids:
+                ids[part] = b"".join([ids[word] for word in found])
+                if counts[part] == 1:
+                    seldom.append(part)
+        return seldom
 
-    def _compare(self, texts: Sequence[str], words: Sequence[list[str] | None], encoded: Sequence[list[int]]) -> None:
-        """Holds the longest text that was taken apart here against the Rust tokenizer."""
-        found = [number for number, these in enumerate(words) if these is not None]
-        if not found:
-            return
-        number = max(found, key=lambda index: len(texts[index]))
-        if self._rust([texts[number]])[0] != encoded[number]:
-            raise AssertionError("words give other token ids than the tokenizer; please report the tokenizer's name")
-
-    def _rust(self, texts: Sequence[str]) -> list[list[int]]:
-        return [found.ids for found in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+    def _rust(self, texts: Sequence[str]) -> list[Ids]:
+        if not texts:
+            return []
+        found = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [array("i", encoding.ids) for encoding in found]
 
 
 def word_encoder(backend: Tokenizer) -> WordEncoder | None:
     """An encoder of words for this tokenizer, or None where its words cannot be told from its parts."""
-    stages = _stages(backend)
-    if stages is None:
+    patterns = usual_patterns(backend)
+    if patterns is None:
         return None
-    encoder = WordEncoder(backend, stages)
-    try:
-        for probe in (*_PROBES, "".join(_PROBES)):  # each by itself, so that each is compared
-            encoder.encode_batch([probe])
-    except AssertionError:
-        return None
-    return encoder
+    encoder = WordEncoder(backend, patterns)
+    for probe in (*_PROBES, "".join(_PROBES)):  # each by itself, so that each is compared
+        encoder.encode_batch([probe])
+    return encoder if encoder.is_trusted else None
 
 
-def _stages(backend: Tokenizer) -> list[re.Pattern[str]] | None:
-    """The patterns that split a text, or None where they are not all known here."""
-    from tokenizers.models import BPE
-
-    model, normalizer, splitter = backend.model, _describe(backend.normalizer), _describe(backend.pre_tokenizer)
-    if not isinstance(model, BPE) or model.dropout or normalizer.get("type") not in (None, "NFC"):
-        return None
-    steps = splitter["pretokenizers"] if splitter.get("type") == "Sequence" else [splitter]
-    if not steps or steps[-1].get("type") != "ByteLevel":
-        return None
-    patterns = [_pattern(step) for step in steps]
-    if None in patterns:
-        return None
-    if patterns == [_latin(_DIGITS), _latin(_GPT2)]:
-        patterns = [_latin(_GPT2_AFTER_DIGITS)]
-    try:
-        return [re.compile(pattern, re.ASCII) for pattern in patterns if pattern]
-    except re.error:
-        return None
-
-
-def _describe(part: Any) -> Mapping[str, Any]:
-    """A normalizer or pre-tokenizer as JSON, in the form of `tokenizer.json`; empty where there is none."""
-    return {} if part is None else json.loads(part.__getstate__())
-
-
-def _pattern(step: Mapping[str, Any]) -> str | None:
-    """What one step of a pre-tokenizer splits by; empty where it does not split, None where it is not known."""
-    match step:
-        case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": bool(splits)}:
-            return _latin(_GPT2) if splits else ""
-        case {"type": "Digits", "individual_digits": True}:
-            return _latin(_DIGITS)
-        case {"type": "Split", "pattern": {"Regex": str(regex)}, "behavior": "Isolated", "invert": False}:
-            return _latin(regex)
-        case {"type": "Split", "pattern": {"Regex": str(regex)}, "behavior": "Removed", "invert": True}:
-            return _latin(regex)
-        case _:
-            return None
-
-
-def _latin(regex: str) -> str | None:
-    r"""The pattern with `\p{..}` spelled out, for texts that `_UNUSUAL` lets pass; None where that is not possible."""
-    out: list[str] = []
-    place, is_class = 0, False
-    while place < len(regex):
-        if regex.startswith("\\p{", place):
-            end = regex.find("}", place)
-            members = _CLASSES.get(regex[place + 3 : end])
-            if members is None or not (members or is_class):
-                return None
-            out.append(members if is_class else f"[{members}]")
-            place = end + 1
-            continue
-        if regex.startswith("\\P", place) or (regex[place] == "(" and not regex.startswith("(?", place)):
-            return None  # findall returns groups
-        width = 2 if regex[place] == "\\" else 1
-        if width == 1 and regex[place] in "[]":
-            is_class = regex[place] == "["
-        out.append(regex[place : place + width])
-        place += width
-    return None if "[]" in "".join(out) else "".join(out)
-
-
-def _added_tokens(backend: Tokenizer) -> tuple[re.Pattern[str] | None, dict[str, list[int]], re.Pattern[str] | None]:
+def _added_tokens(backend: Tokenizer) -> tuple[re.Pattern[str] | None, dict[str, bytes], re.Pattern[str] | None]:
     """Added tokens that split a text wherever they stand: pattern (one group) and ids; and a pattern of the others."""
-    plain: dict[str, list[int]] = {}
+    plain: dict[str, bytes] = {}
     others: list[str] = []
     for number, token in backend.get_added_tokens_decoder().items():
         is_plain = not (token.lstrip or token.rstrip or token.single_word or token.normalized)
         if is_plain:
-            plain[token.content] = [number]
+            plain[token.content] = array("i", [number]).tobytes()
         else:
             others.append(token.content)
     return _any_of(plain), plain, _any_of(others)

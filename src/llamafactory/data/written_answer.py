@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 from llamafactory.data.types import Conversation, Message, Piece, Segment
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Answer:
+class Answer(NamedTuple):
     """One answer as written, and the text between the answer before it and this one.
 
     `is_open`: the slot does not write the stop of the answer.
     """
 
-    index: int
+    message_index: int
     question: list[Piece]
     empty_thought: list[Piece]
     answer: list[Piece]
@@ -27,8 +27,7 @@ class Answer:
         return self.question + self.empty_thought + self.answer
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AnswerEnd:
+class AnswerEnd(NamedTuple):
     """What closes an answer; `is_in_history`: a longer dialogue has it there too."""
 
     pieces: list[Piece]
@@ -42,7 +41,7 @@ def with_ends(answers: Sequence[Answer], ends: Sequence[AnswerEnd]) -> list[Answ
     closed: list[Answer] = []
     num_taken = 0
     for answer, end in zip(answers, ends, strict=True):
-        closed.append(replace(answer, question=_from(answer.question, num_taken), answer=answer.answer + end.pieces))
+        closed.append(answer._replace(question=_from(answer.question, num_taken), answer=answer.answer + end.pieces))
         num_taken = len(text_of(end.pieces))
     return closed
 
@@ -79,7 +78,7 @@ def literal(text: str) -> list[Piece]:
 
 def segments_of(pieces: Sequence[Piece], *, trainable: bool = False) -> tuple[Segment, ...]:
     """The pieces as segments that are supervised alike."""
-    return tuple(Segment(text=piece.text, trainable=trainable, is_literal=piece.is_literal) for piece in pieces)
+    return tuple([Segment(text, trainable, 1.0, is_literal) for text, is_literal in pieces])
 
 
 def role_groups(messages: Sequence[Message]) -> list[tuple[int, Sequence[Message]]]:

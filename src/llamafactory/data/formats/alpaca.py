@@ -42,13 +42,14 @@ def read_row(row: Row, spec: DatasetSpec, origin: str) -> Record:
         messages += _read_history(row.get(name), name)
     messages.append(Message(role="user", content=_read_prompt(row, columns)))
     tools = read_tools(row.get(name), name) if (name := columns.get("tools")) else None
-    prompt = Conversation(messages=tuple(messages), tools=tools, origin=origin)
+    if not spec.is_ranking and (name := columns.get("response")):
+        messages.append(_answer(row, name))
+    conversation = Conversation(messages=tuple(messages), tools=tools, origin=origin)
     if spec.is_ranking:
         chosen, rejected = (_answer(row, columns.get(side) or side) for side in ("chosen", "rejected"))
-        return Preference(prompt=prompt, chosen=chosen, rejected=rejected)
-    if not (name := columns.get("response")):
-        return prompt
-    conversation = Conversation(messages=(*messages, _answer(row, name)), tools=tools, origin=origin)
+        return Preference(prompt=conversation, chosen=chosen, rejected=rejected)
+    if not columns.get("response"):
+        return conversation
     if tag := columns.get("kto_tag"):
         return Feedback(conversation=conversation, is_desirable=read_flag(row, tag))
     return conversation

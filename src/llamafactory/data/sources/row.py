@@ -25,8 +25,7 @@ class Place(NamedTuple):
     offset: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SourceRow:
+class SourceRow(NamedTuple):
     """A row, or what keeps it from being one. `origin` is `file.jsonl:12` (line) or `file.json#12` (12th row).
 
     `place` is None where reading cannot begin there: on a hub.
