@@ -43,17 +43,35 @@ CONFIGS: list[dict[str, Any]] = [
     {"finetuning_type": "full", "cutoff_len": 128, "per_device_train_batch_size": 2, "save_strategy": "steps",
      "save_steps": 1},
     {"finetuning_type": "full", "cutoff_len": 512, "per_device_train_batch_size": 1},
+    {"stage": "dpo", "dataset": "pairs", "finetuning_type": "lora", "cutoff_len": 256,
+     "per_device_train_batch_size": 2},
+    {"stage": "dpo", "dataset": "pairs", "finetuning_type": "full", "cutoff_len": 128,
+     "per_device_train_batch_size": 1},
+    {"stage": "rm", "dataset": "pairs", "finetuning_type": "lora", "cutoff_len": 256,
+     "per_device_train_batch_size": 2},
+    {"stage": "grpo", "finetuning_type": "lora", "cutoff_len": 64, "per_device_train_batch_size": 2,
+     "num_generations": 4, "max_new_tokens": 64, "reward_functions": "length:32"},
 ]  # fmt: skip
 
 
 def write_rows(folder: Path, num_rows: int = 48, words: int = 2200) -> None:
-    """Rows longer than every cutoff_len, so that each row has exactly that many tokens."""
+    """Rows longer than every cutoff_len, so that each row has exactly that many tokens; and pairs of such answers."""
     rows = [
         {"instruction": f"Count from {n}.", "input": "", "output": " ".join(str(n + k) for k in range(words))}
         for n in range(num_rows)
     ]
     (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
-    (folder / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": "rows.json"}}), encoding="utf-8")
+    pairs = [
+        {"instruction": row["instruction"], "input": "", "chosen": row["output"], "rejected": row["output"][::-1]}
+        for row in rows
+    ]
+    (folder / "pairs.json").write_text(json.dumps(pairs), encoding="utf-8")
+    columns = {"prompt": "instruction", "query": "input", "chosen": "chosen", "rejected": "rejected"}
+    entries = {
+        "rows": {"file_name": "rows.json"},
+        "pairs": {"file_name": "pairs.json", "ranking": True, "columns": columns},
+    }
+    (folder / "dataset_info.json").write_text(json.dumps(entries), encoding="utf-8")
 
 
 def measure(config: dict[str, Any], folder: Path, threads: int) -> dict[str, Any]:

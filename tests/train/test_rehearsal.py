@@ -78,7 +78,7 @@ def test_a_run_that_cannot_fit_stops_before_the_weights_are_loaded(train_config,
 def test_the_plan_of_the_continued_run_keeps_its_split(train_config, tiny_config):
     from llamafactory.extras.hardware import read_hardware
     from llamafactory.model.plan import plan_training
-    from llamafactory.train.build import keep_split
+    from llamafactory.train.planning import keep_split
 
     plan = plan_training(train_config(), tiny_config(), read_hardware(use_cpu=True))
     assert keep_split(plan, None) is plan

@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
     from llamafactory.commands.plan_table import plan_document, print_plan
     from llamafactory.model.loader import load_model_config
     from llamafactory.model.remedies import find_ways_out
-    from llamafactory.train.build import planner
+    from llamafactory.train.planning import planner
 
     import_module("llamafactory.train.finish")  # a run has this and its libraries loaded too: their memory counts
     examples, why = _quick_rows(cfg)

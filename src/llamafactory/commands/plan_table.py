@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from llamafactory.model.costs import SAMPLING_UTILISATION
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
@@ -120,7 +122,7 @@ def _parameters(count: dict[str, Any]) -> tuple[str, Table]:
 def _memory(memory: dict[str, int], room: int, *, per_device: bool) -> tuple[str, Table]:
     title = f"Memory{' of each device' if per_device else ''}: {_gb(memory['total'])} of {_gb(room)}"
     table = _table("part", ">size", "")
-    parts = {name: size for name, size in memory.items() if name != "total"}
+    parts = {name: size for name, size in memory.items() if name != "total" and size}
     for name, size in parts.items():
         table.add_row(name, _gb(size), "#" * math.ceil(40 * size / max(1, memory["total"])))
     return title, table
@@ -146,6 +148,9 @@ def _disk_and_time(costs: dict[str, Any]) -> tuple[str, Table]:
     if disk["cache"] is not None:
         table.add_row("cache", _gb(disk["cache"]), "tokenised rows")
     table.add_row("a step", f"{work['step_flops'] / 1e12:,.2f} TFLOP", "over all devices, recomputation included")
+    if work["sampling_flops"]:
+        how = f"of which sampling answers, at {SAMPLING_UTILISATION:.0%}"
+        table.add_row("", f"{work['sampling_flops'] / 1e12:,.2f} TFLOP", how)
     if work["step_seconds"] is not None:
         how = f"at {work['utilisation']:.0%} of {work['rate'] / 1e12:,.2f} TFLOP/s"
         table.add_row("", _duration(work["step_seconds"]), how)

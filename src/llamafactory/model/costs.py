@@ -6,10 +6,13 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
+from llamafactory.model.demands import NOTHING_MORE, Demands
 from llamafactory.model.memory import (
     HEAP_OVERHEAD,
+    Generation,
     HeadShape,
     MemoryForecast,
     StepShape,
@@ -18,8 +21,12 @@ from llamafactory.model.memory import (
 )
 from llamafactory.model.skeleton import ParameterCount, build_skeleton, count_parameters, decoder_blocks
 from llamafactory.model.trace import ActivationTrace, trace_activations
+from llamafactory.model.valuehead import ModelWithValueHead, ValueHead
+from llamafactory.model.workload import Part, tokens_of
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import PreTrainedConfig
 
     from llamafactory.extras.hardware import Hardware
@@ -34,6 +41,12 @@ CPU_LIBRARY_BYTES = 120 * 2**20
 UTILISATION = {"cpu": 0.5}
 OTHER_UTILISATION = 0.4
 """Share of the matrix rate that a training step is assumed to reach."""
+SAMPLING_UTILISATION = 0.1
+"""Share that sampling is assumed to reach: a token at a time, weights are read more than they are multiplied."""
+CACHE_ROOM = 128
+"""Places that the generator's cache has behind the last token, at most."""
+GENERATION_LOGITS_COPIES = 4
+"""Float32 copies of the last logits while a token is chosen: scaled, sorted, probabilities, their sums."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +78,7 @@ class Work:
         run_seconds: of all steps, or None.
         rate: FLOP/s of one device that the seconds are based on.
         utilisation: share of that rate that is assumed.
+        sampling_flops: those of `step_flops` that sample answers, at a share of their own.
     """
 
     step_flops: float
@@ -72,15 +86,33 @@ class Work:
     run_seconds: float | None
     rate: float | None
     utilisation: float
+    sampling_flops: float = 0.0
 
 
 class CostModel:
     """Counts and traces of one model with one method; asks for different batches cost a trace each."""
 
     def __init__(
-        self, cfg: RunConfig, config: PreTrainedConfig, precision: Precision, attention: str, *, is_fused: bool = False
+        self,
+        cfg: RunConfig,
+        config: PreTrainedConfig,
+        precision: Precision,
+        attention: str,
+        *,
+        is_fused: bool = False,
+        demands: Demands = NOTHING_MORE,
+        adapters: tuple[Path, ...] = (),
     ) -> None:
         """Builds the model on the meta device.
+
+        Args:
+            cfg: the resolved configuration.
+            config: the model's config.
+            precision: number formats.
+            attention: name of the attention implementation.
+            is_fused: blocks go through `model.kernels` where those apply.
+            demands: of the stage.
+            adapters: folders of trained adapters.
 
         Raises:
             Exception: whatever the model's own code raises there.
@@ -93,17 +125,24 @@ class CostModel:
             attention=attention,
             finetuning_type=cfg.train.finetuning_type,
             options=cfg.adapter_options,
+            adapters=adapters,
             pure_bf16=precision.pure_bf16,
             trust_remote_code=cfg.model.trust_remote_code,
         )
-        self.count: ParameterCount = count_parameters(self._skeleton)
+        self._demands = demands
+        whole = self._skeleton
+        if demands.has_value_head:
+            with torch.device("meta"):
+                whole = ModelWithValueHead(whole, ValueHead(config.get_text_config().hidden_size))
+        self.count: ParameterCount = count_parameters(whole)
         self._optimizer = optimizer_state_bytes(
             cfg.train.optim,
-            [(tuple(p.shape), p.element_size()) for p in self._skeleton.parameters() if p.requires_grad],
+            [(tuple(p.shape), p.element_size()) for p in whole.parameters() if p.requires_grad],
         )
         self._head = _head_of(self._skeleton)
         self._linear = _linear_parameters(self._skeleton, config)
         self._attention_width = _attention_width(config)
+        self._cache_width = _cache_width(config)
         self._casts = self._cast_copies()
         self.trace = cache(self._trace)
 
@@ -119,14 +158,16 @@ class CostModel:
         snapshot_bytes: int,
     ) -> MemoryForecast:
         """The peak of a run whose largest micro-batch is `batch`."""
-        lengths = batch.lengths if is_flat else (_padded(max(batch.lengths)),)
+        lengths: tuple[Part, ...] = batch.lengths if is_flat else (_padded(max(map(tokens_of, batch.lengths))),)
         rows = 1 if is_flat else len(batch.lengths)
         trace = self.trace(rows, lengths, is_flat)
         return forecast_memory(
             self.count,
             trace,
             step=StepShape(
-                tokens=rows * sum(lengths), targets=batch.targets, num_micro_batches=batch.num_micro_batches
+                tokens=rows * sum(map(tokens_of, lengths)),
+                targets=batch.targets,
+                num_micro_batches=batch.num_micro_batches,
             ),
             head=HeadShape(
                 vocab=self._head[0],
@@ -134,6 +175,7 @@ class CostModel:
                 is_trained=self._head[2],
                 chunk_rows=chunk_rows,
                 element_bytes=4 if self._precision.compute == "float32" else 2,
+                is_run=self._demands.makes_logits,
             ),
             every=every,
             optimizer_bytes=self._optimizer,
@@ -141,6 +183,30 @@ class CostModel:
             cast_copies=self._casts,
             snapshot_bytes=snapshot_bytes,
             heap_overhead=HEAP_OVERHEAD if device == "cpu" and not trace.is_fused else 0.0,
+            reference_bytes=self._reference_bytes(),
+            generation=self._generation(trace, tokens=rows * sum(map(tokens_of, lengths))),
+        )
+
+    def _reference_bytes(self) -> int:
+        demands, element = self._demands, 4 if self._precision.weights == "float32" else 2
+        if demands.reference == "copy":
+            return element * (
+                self.count.base if demands.reference_parameters is None else demands.reference_parameters
+            )
+        return 4 * self.count.adapter if demands.reference == "adapter" else 0
+
+    def _generation(self, trace: ActivationTrace, *, tokens: int) -> Generation | None:
+        """What sampling answers holds: the cache with its room, the last logits, a block while prompts are read."""
+        sampling = self._demands.sampling
+        if sampling is None:
+            return None
+        element = 4 if self._precision.compute == "float32" else 2
+        places = sampling.prompt_tokens + sampling.new_tokens + CACHE_ROOM
+        prompts = -(-sampling.rows // sampling.group_size)
+        return Generation(
+            cache=2 * self._cache_width * element * sampling.rows * places,
+            logits=GENERATION_LOGITS_COPIES * 4 * self._head[0] * sampling.rows,
+            activations=int(max(trace.blocks, default=0) / max(1, tokens) * prompts * sampling.prompt_tokens),
         )
 
     def work(self, workload: Workload, *, every: int, num_devices: int, device: str, rate: float | None) -> Work:
@@ -150,12 +216,30 @@ class CostModel:
         forward = 2 * workload.tokens * self._linear["blocks"] + 2 * workload.squares * self._attention_width
         backward = forward + 2 * workload.squares * self._attention_width * 0.5
         weight_gradients = 2 * workload.tokens * self._linear["trained"]
-        head = 2 * workload.targets * self._head[0] * self._head[1] * (3 if self._head[2] else 2)
-        flops = forward * (1 + again) + backward + weight_gradients + head
+        demands = self._demands
+        head = 2 * workload.targets * self._head[0] * self._head[1] if demands.makes_logits else 0
+        flops = forward * (1 + again) + backward + weight_gradients + head * (3 if self._head[2] else 2)
+        flops += demands.passes * (forward + head)
+        sampled = self._sampling_flops(workload)
         share = UTILISATION.get(device, OTHER_UTILISATION)
-        seconds = None if not rate else flops / (rate * share * num_devices)
+        seconds = None if not rate else (flops / share + sampled / SAMPLING_UTILISATION) / (rate * num_devices)
         total = None if seconds is None or workload.num_steps is None else seconds * workload.num_steps
-        return Work(step_flops=flops, step_seconds=seconds, run_seconds=total, rate=rate, utilisation=share)
+        return Work(
+            step_flops=flops + sampled, step_seconds=seconds, run_seconds=total, rate=rate, utilisation=share,
+            sampling_flops=sampled,
+        )  # fmt: skip
+
+    def _sampling_flops(self, workload: Workload) -> float:
+        """Of the answers of a step: their tokens one by one, their prompts once for a rollout."""
+        sampling = self._demands.sampling
+        if sampling is None:
+            return 0.0
+        answers = workload.targets / sampling.new_tokens
+        read = answers / sampling.group_size * sampling.prompt_tokens
+        attended = workload.targets * (sampling.prompt_tokens + sampling.new_tokens / 2)
+        made = workload.targets * (self._linear["blocks"] + self._head[0] * self._head[1])
+        flops = 2 * (made + read * self._linear["blocks"]) + 4 * attended * self._attention_width
+        return flops / sampling.num_epochs
 
     def snapshot(self, cfg: RunConfig, workload: Workload, hardware: Hardware) -> int:
         """Bytes of the copy that a checkpoint is written from while training goes on, in the RAM of a CPU run.
@@ -175,17 +259,18 @@ class CostModel:
     def disk(self, cfg: RunConfig, workload: Workload, *, saves_adapter: bool) -> Disk:
         """Bytes that the run and its export leave behind."""
         train = cfg.train
+        sampling = self._demands.sampling
         result = self.count.trained_bytes if saves_adapter else self.count.weight_bytes
         optimizer = 0 if train.save_only_model else self._optimizer
         return Disk(
-            checkpoint=result + optimizer,
+            checkpoint=result + optimizer + (0 if sampling is None else sampling.kept_bytes),
             num_checkpoints=_num_checkpoints(cfg, workload.num_steps),
             result=result,
             export=2 * self.count.base,
             cache=None if workload.num_tokens is None else 8 * workload.num_tokens,
         )
 
-    def _trace(self, rows: int, lengths: tuple[int, ...], is_flat: bool) -> ActivationTrace:
+    def _trace(self, rows: int, lengths: tuple[Part, ...], is_flat: bool) -> ActivationTrace:
         return trace_activations(self._computing, rows=rows, lengths=lengths, is_flat=is_flat, is_fused=self._is_fused)
 
     @property
@@ -193,8 +278,6 @@ class CostModel:
         """The model in the dtype it computes in: autocast makes low-precision results of every matrix product."""
         if self._precision.autocast == "no":
             return self._skeleton
-        import torch
-
         for parameter in self._skeleton.parameters():
             parameter.data = parameter.data.to(getattr(torch, self._precision.compute))
         return self._skeleton
@@ -249,6 +332,15 @@ def _attention_width(config: PreTrainedConfig) -> int:
     heads = getattr(text, "num_attention_heads", None) or 0
     size = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0)
     return (getattr(text, "num_hidden_layers", None) or 0) * heads * size
+
+
+def _cache_width(config: PreTrainedConfig) -> int:
+    """Layers x key/value heads x head size: numbers of a token among the keys, and as many among the values."""
+    text: Any = config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None) or 0
+    size = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0)
+    kept = getattr(text, "num_key_value_heads", None) or heads
+    return (getattr(text, "num_hidden_layers", None) or 0) * kept * size
 
 
 def _num_checkpoints(cfg: RunConfig, num_steps: int | None) -> int | None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from llamafactory.model.memory import DEVICE_SHARE, MemoryForecast
+from llamafactory.model.workload import tokens_of
 
 if TYPE_CHECKING:
     from llamafactory.extras.hardware import Hardware
@@ -73,8 +74,8 @@ def _ways(
     fastest: int | None, workload: Workload, hardware: Hardware, forced: bool | None
 ) -> Iterator[tuple[int | None, int]]:
     """Token limits and recomputation, from the fastest to the one that needs least memory."""
-    start = fastest or sum(workload.largest(None).lengths)
-    longest = max(workload.largest(1).lengths)
+    start = fastest or sum(map(tokens_of, workload.largest(None).lengths))
+    longest = max(map(tokens_of, workload.largest(1).lengths))
     floor = max(longest, 256 if hardware.device == "cpu" else GPU_MICRO_BATCH_TOKENS)
     smaller = _halves(start, floor)
     keeps: list[tuple[int | None, int]] = [(fastest, 0), *((limit, 0) for limit in smaller)]
@@ -103,7 +104,7 @@ def _halves(start: int, floor: int) -> list[int]:
 def _first_limit(cfg: RunConfig, workload: Workload, hardware: Hardware, layout: str) -> int | None:
     if layout == "padded" or hardware.device != "cpu":
         return None
-    return max(CPU_MICRO_BATCH_TOKENS, max(workload.largest(1).lengths))
+    return max(CPU_MICRO_BATCH_TOKENS, max(map(tokens_of, workload.largest(1).lengths)))
 
 
 def _micro_batch_reason(

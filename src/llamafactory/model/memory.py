@@ -52,6 +52,7 @@ class HeadShape:
         is_trained: its weight gets a gradient (accumulated in float32).
         chunk_rows: supervised rows whose logits exist at once; None without the fused head.
         element_bytes: bytes of an element of the hidden states.
+        is_run: False for a stage that scores answers with a value head alone.
     """
 
     vocab: int
@@ -59,6 +60,22 @@ class HeadShape:
     is_trained: bool
     chunk_rows: int | None
     element_bytes: int
+    is_run: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Generation:
+    """Bytes that sampling answers holds at its peak.
+
+    Attributes:
+        cache: keys and values.
+        logits: of the last position of each answer, and copies while a token is chosen.
+        activations: of a block while the prompts are read.
+    """
+
+    cache: int
+    logits: int
+    activations: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,6 +89,8 @@ class MemoryForecast:
         optimizer: its state.
         activations: what autograd keeps, at the peak.
         logits: of the chunk that is computed, and what the loss keeps.
+        reference: a second model, or a frozen copy of the adapter.
+        cache: keys and values of answers while they are sampled; it is gone when the policy is trained.
         checkpoint: the copy that is written to disk while training goes on.
         workspace: temporaries of the backward pass, cast copies, and what the allocator holds back.
     """
@@ -82,6 +101,8 @@ class MemoryForecast:
     optimizer: int
     activations: int
     logits: int
+    reference: int
+    cache: int
     checkpoint: int
     workspace: int
 
@@ -116,6 +137,8 @@ def forecast_memory(
     cast_copies: int = 0,
     snapshot_bytes: int = 0,
     heap_overhead: float = 0.0,
+    reference_bytes: int = 0,
+    generation: Generation | None = None,
 ) -> MemoryForecast:
     """Adds up the peak of an optimizer step.
 
@@ -130,10 +153,16 @@ def forecast_memory(
         cast_copies: bytes of low-precision copies of trained weights that autocast keeps.
         snapshot_bytes: copy of weights and optimizer that is written while training goes on.
         heap_overhead: holes between kept activations, as a share of them; see `HEAP_OVERHEAD`.
+        reference_bytes: of a second model or adapter.
+        generation: what sampling answers holds, or None.
     """
     logits = _logits_bytes(step, head)
-    moments = _moments(count, trace, every, logits, keeps_gradients=step.num_micro_batches > 1)
-    gradients, activations, logits = max(moments, key=sum)
+    moments = [
+        (*moment, 0) for moment in _moments(count, trace, every, logits, keeps_gradients=step.num_micro_batches > 1)
+    ]
+    if generation is not None:
+        moments.append((0, generation.activations, generation.logits, generation.cache))
+    gradients, activations, logits, cache = max(moments, key=sum)
     return MemoryForecast(
         process=process_bytes,
         weights=count.weight_bytes + count.buffer_bytes,
@@ -141,6 +170,8 @@ def forecast_memory(
         optimizer=optimizer_bytes,
         activations=activations,
         logits=logits,
+        reference=reference_bytes,
+        cache=cache,
         checkpoint=snapshot_bytes,
         workspace=_backward_bytes(trace) + cast_copies + int(heap_overhead * trace.small * activations),
     )
@@ -172,6 +203,8 @@ def optimizer_state_bytes(name: str, shapes: Iterable[tuple[tuple[int, ...], int
 
 
 def _logits_bytes(step: StepShape, head: HeadShape) -> int:
+    if not head.is_run:
+        return 0
     if head.chunk_rows is None:
         return UNFUSED_LOGITS_COPIES * step.tokens * head.vocab * 4
     chunk = min(step.targets, head.chunk_rows)

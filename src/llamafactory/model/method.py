@@ -20,12 +20,14 @@ class Method:
 
     Attributes:
         apply: `(model, options, *, adapters, trainable) -> model`; wraps or unfreezes the loaded base model.
+        outline: `(model, options, *, adapters) -> model` as it will be trained; reads no weights.
         merged_before: `(options, adapters) -> adapters` that `apply` merges into the base before it trains.
         trains_base: base weights get gradients, so they are kept in fp32 master precision.
         saves_adapter: the result is an adapter folder beside the base; else a whole model.
     """
 
     apply: Callable[..., nn.Module]
+    outline: Callable[..., nn.Module]
     merged_before: Callable[[Any, tuple[Path, ...]], tuple[Path, ...]]
     trains_base: bool
     saves_adapter: bool

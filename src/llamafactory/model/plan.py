@@ -9,16 +9,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from llamafactory.extras.errors import ConfigError
+from llamafactory.extras.errors import LlamaFactoryError
 from llamafactory.model.costs import CostModel, Disk, Work, process_bytes_of
+from llamafactory.model.demands import NOTHING_MORE, Demands
 from llamafactory.model.family import family_of
 from llamafactory.model.fit import fit, fit_blindly, room_of
 from llamafactory.model.layout import choose_blocks, choose_layout, refusal
+from llamafactory.model.loader import adapter_folders
 from llamafactory.model.memory import MemoryForecast
 from llamafactory.model.method import load_method
 from llamafactory.model.precision import DType, Precision, training_dtype
 from llamafactory.model.skeleton import ParameterCount
-from llamafactory.model.workload import Workload, assumed_workload
+from llamafactory.model.workload import Part, Workload, assumed_workload
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -43,7 +45,7 @@ class Costs:
         count: parameters.
         disk: what is written.
         work: arithmetic and time.
-        largest_rows: tokens of each row of the largest micro-batch.
+        largest_rows: tokens of each row of the largest micro-batch, or of its prefix trees.
         source: where the row lengths come from.
     """
 
@@ -52,7 +54,7 @@ class Costs:
     count: ParameterCount
     disk: Disk
     work: Work
-    largest_rows: tuple[int, ...]
+    largest_rows: tuple[Part, ...]
     source: str
 
     @property
@@ -118,6 +120,7 @@ def plan_training(
     hardware: Hardware,
     *,
     workload_of: WorkloadOf | None = None,
+    demands_of: Callable[[RunConfig], Demands] = lambda cfg: NOTHING_MORE,
     rate: float | None = None,
     num_devices: int = 1,
     process_bytes: int | None = None,
@@ -129,12 +132,14 @@ def plan_training(
         model_config: the model's transformers config.
         hardware: the machine.
         workload_of: the rows of a configuration; None assumes that each has `cutoff_len` tokens.
+        demands_of: what the stage of a configuration takes besides the policy's own pass.
         rate: FLOP/s of one device in matrix products, for the time; None leaves the time out.
         num_devices: devices that train together.
         process_bytes: memory of the process beside the model; None looks at this process.
 
     Raises:
         ConfigError: a switch asks for what this model or machine cannot do.
+        LlamaFactoryError: an adapter that is continued cannot be found.
     """
     family = family_of(model_config.model_type)
     reasons: dict[str, str] = {}
@@ -145,6 +150,7 @@ def plan_training(
     is_plain = layout == "flat" and hardware.device == "cpu" and (weight_dtype, autocast) == ("float32", "no")
     fused_blocks, reasons["fused_blocks"] = choose_blocks(cfg, model_config.model_type, family, is_plain)
     workload = (workload_of or _assumed(num_devices))(cfg, layout == "padded")
+    adapters = adapter_folders(cfg.model)
     chunk_rows = LOSS_CHUNK_ROWS if family.head is not None else None
     if process_bytes is None:
         process_bytes = process_bytes_of(hardware.device)
@@ -155,6 +161,8 @@ def plan_training(
             Precision(weights=weight_dtype, autocast=autocast, pure_bf16=cfg.train.pure_bf16),
             attention,
             is_fused=fused_blocks,
+            demands=demands_of(cfg),
+            adapters=adapters,
         )
         snapshot = model.snapshot(cfg, workload, hardware)
 
@@ -180,7 +188,7 @@ def plan_training(
             largest_rows=workload.largest(tokens).lengths,
             source=workload.source,
         )
-    except ConfigError:
+    except LlamaFactoryError:
         raise
     except Exception as error:  # a model's own code, which may not run without values; the run itself does not need it
         costs = None

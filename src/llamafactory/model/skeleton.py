@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from llamafactory.model.method import apply_method
+from llamafactory.model.method import load_method
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import PreTrainedConfig
 
     from llamafactory.hparams.section import Section
@@ -44,7 +46,7 @@ class ParameterCount:
 
     Attributes:
         base: of the model without the adapter.
-        adapter: that the adapter added.
+        adapter: that the adapter added, and a value head.
         trained: that get gradients.
         trained_bytes: bytes of the trained ones, in the dtype they are kept in.
         weight_bytes: bytes of all of them.
@@ -70,6 +72,7 @@ def build_skeleton(
     attention: str,
     finetuning_type: str,
     options: Section,
+    adapters: tuple[Path, ...] = (),
     pure_bf16: bool = False,
     trust_remote_code: bool = False,
 ) -> nn.Module:
@@ -81,6 +84,7 @@ def build_skeleton(
         attention: name of the attention implementation.
         finetuning_type: name of the method.
         options: the method's `Options`.
+        adapters: folders of trained adapters; only the config of the one that is continued is read.
         pure_bf16: trained parameters are kept in bfloat16 and not in float32.
         trust_remote_code: run the model's own Python code.
     """
@@ -99,7 +103,7 @@ def build_skeleton(
             attn_implementation=attention,
             trust_remote_code=trust_remote_code,
         )
-        model = apply_method(base, finetuning_type, options, adapters=(), trainable=True)
+        model = load_method(finetuning_type).outline(base, options, adapters=adapters)
     master = torch.bfloat16 if pure_bf16 else torch.float32
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -114,12 +118,23 @@ def decoder_blocks(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
+def num_parameters(config: PreTrainedConfig) -> int:
+    """Parameters of the model of a config."""
+    import copy
+
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def count_parameters(model: nn.Module) -> ParameterCount:
     """Counts the parameters of a model, with weights or without."""
     kinds: dict[str, tuple[set[str], int]] = {}
     adapter = 0
     for name, parameter in model.named_parameters():
-        is_added = ".lora_" in name or ".modules_to_save." in name
+        is_added = ".lora_" in name or ".modules_to_save." in name or name.startswith("v_head.")
         adapter += parameter.numel() if is_added else 0
         if parameter.requires_grad:
             module = _ADAPTER_PART.sub("", name)

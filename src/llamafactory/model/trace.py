@@ -23,6 +23,7 @@ from llamafactory.model.kernels.decoder import Block, read_blocks
 from llamafactory.model.kernels.mlp import mlp
 from llamafactory.model.kernels.rotary import Rotation
 from llamafactory.model.skeleton import decoder_blocks, transformer_of
+from llamafactory.model.workload import Part, tokens_of
 
 HEAP_LIMIT = 32 * 2**20
 """Bytes from which glibc maps a tensor by itself (its largest M_MMAP_THRESHOLD) and gives it back whole."""
@@ -72,28 +73,29 @@ def is_recomputed(index: int, every: int) -> bool:
 
 
 def trace_activations(
-    model: nn.Module, *, rows: int, lengths: Sequence[int], is_flat: bool, is_fused: bool = False
+    model: nn.Module, *, rows: int, lengths: Sequence[Part], is_flat: bool, is_fused: bool = False
 ) -> ActivationTrace:
     """Runs the transformer stack once and adds up what autograd keeps.
 
     Args:
         model: on the meta device, in training mode (see `build_skeleton`).
         rows: rows of a padded batch; 1 for a flat one.
-        lengths: tokens of each segment of a flat batch, or the width of a padded one as the only entry.
+        lengths: tokens of each segment or prefix tree of a flat batch, or the width of a padded one as the only entry.
         is_flat: rows lie end to end, and attention gets `segment_lengths`.
         is_fused: blocks go through `model.kernels` where those apply.
 
     Raises:
         RuntimeError: the model's forward pass reads values, which the meta device does not have.
     """
-    time = sum(lengths)
+    time = sum(map(tokens_of, lengths))
+    segments = [length for length in lengths if isinstance(length, int)]
     stack: Any = transformer_of(model)
     recorder = _Recorder(model)
     ids = torch.zeros(rows, time, dtype=torch.long, device="meta")
-    fused = read_blocks(_base_of(model)) if is_flat and is_fused else None
+    fused = read_blocks(_base_of(model)) if is_flat and is_fused and len(segments) == len(lengths) else None
     if fused is not None:
         with recorder.saving(), _MetaAttention(), torch.device("meta"):
-            _run_fused(stack, ids, fused, lengths, recorder)
+            _run_fused(stack, ids, fused, segments, recorder)
         return replace(recorder.result(), is_fused=True)
     options: dict[str, Any] = {"segment_lengths": tuple(lengths)} if is_flat else {}
     with _replaced_experts(model), recorder.watching(), _MetaAttention(), torch.device("meta"):

@@ -5,6 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
+
+Part: TypeAlias = "int | tuple[int, ...]"
+"""Tokens of a sequence, or of a prefix tree: its prefix, then each branch (see `model.tree_attention`)."""
+
+
+def tokens_of(part: Part) -> int:
+    """Tokens of a part."""
+    return part if isinstance(part, int) else sum(part)
+
+
+def squares_of(part: Part) -> int:
+    """Pairs of tokens that attention looks at, twice over: a branch sees its prefix and itself."""
+    if isinstance(part, int):
+        return part**2
+    prefix, *branches = part
+    return prefix**2 + sum((prefix + size) ** 2 - prefix**2 for size in branches)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -12,12 +29,12 @@ class MicroBatch:
     """The largest micro-batch of a run.
 
     Attributes:
-        lengths: tokens of each row in it.
+        lengths: tokens of each row in it, or of the prefix trees of a flat batch of answers.
         targets: supervised tokens in it, at most.
         num_micro_batches: most micro-batches of one optimizer step on one device.
     """
 
-    lengths: tuple[int, ...]
+    lengths: tuple[Part, ...]
     targets: int
     num_micro_batches: int
 

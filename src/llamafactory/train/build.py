@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,11 +20,9 @@ from llamafactory.extras import log
 from llamafactory.extras.errors import ConfigError, Problem
 from llamafactory.extras.hardware import measure_gemm_peak
 from llamafactory.model.checkpointing import recompute_blocks
-from llamafactory.model.costs import process_bytes_of
 from llamafactory.model.flops import step_flops
 from llamafactory.model.loader import adapter_folders, load_model
 from llamafactory.model.method import apply_method, load_method
-from llamafactory.model.plan import plan_training
 from llamafactory.train.checkpoint.room import may_save_async
 from llamafactory.train.checkpoint.snapshot import restore_training
 from llamafactory.train.checkpoint.state import fresh_state, load_state
@@ -44,7 +41,7 @@ from llamafactory.train.step import StageModule
 from llamafactory.train.stream_feed import build_stream_feed
 from llamafactory.train.text import data_seed
 from llamafactory.train.windows import Schedule, group_items, packed_items, single_items
-from llamafactory.train.workload import RowSizes, workload_of_rows
+from llamafactory.train.workload import RowSizes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -56,73 +53,12 @@ if TYPE_CHECKING:
     from llamafactory.data.pipeline import PreparedData
     from llamafactory.data.table import Examples
     from llamafactory.data.types import Template, ViewName
-    from llamafactory.extras.hardware import Hardware
     from llamafactory.hparams.model import ModelConfig
     from llamafactory.hparams.run_config import RunConfig
     from llamafactory.hparams.section import Section
     from llamafactory.hparams.train import TrainConfig
     from llamafactory.model.plan import ModelPlan
-    from llamafactory.model.workload import Workload
     from llamafactory.train.output_dir import Claim
-
-
-def planner(
-    model_config: PreTrainedConfig,
-    hardware: Hardware,
-    examples: Examples | None,
-    *,
-    num_devices: int | None = None,
-    rate: float | None = None,
-    mix: Mix | None = None,
-) -> Callable[[RunConfig], ModelPlan]:
-    """A function that plans a configuration for this model, machine and these rows.
-
-    Args:
-        model_config: the model's config.
-        hardware: the machine; processes of one machine share its RAM.
-        examples: the training rows; None assumes rows of `cutoff_len` tokens.
-        num_devices: devices that train together; None asks the launcher's environment.
-        rate: FLOP/s of one device, or None to leave times out.
-        mix: how several data sets make up an epoch.
-    """
-    devices = num_devices or int(os.environ.get("WORLD_SIZE", "1"))
-    if hardware.device == "cpu":
-        share = hardware.memory_bytes // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        hardware = replace(hardware, memory_bytes=share)
-
-    sizes = RowSizes.of(examples) if examples else None
-
-    def workload_of(cfg: RunConfig, is_padded: bool) -> Workload:
-        if sizes is None:
-            raise ValueError("no rows")
-        rows = sizes.cut(cfg.data.cutoff_len)
-        is_whole = find_view(load_stage(cfg.train.stage).view).is_whole
-        schedule = build_schedule_of_rows(cfg, rows, is_whole=is_whole, num_ranks=devices, training=True, mix=mix)
-        return workload_of_rows(rows, replace(schedule, is_padded=is_padded), cfg.train)
-
-    return partial(
-        plan_training,
-        model_config=model_config,
-        hardware=hardware,
-        workload_of=workload_of if sizes else None,
-        num_devices=devices,
-        rate=rate,
-        process_bytes=process_bytes_of(hardware.device),
-    )
-
-
-def keep_split(plan: ModelPlan, record: Mapping[str, Any] | None) -> ModelPlan:
-    """The plan with the micro-batches of the run that is continued: sums in another order would differ in bits.
-
-    Args:
-        plan: made for the memory that is free now.
-        record: `run.json` of the run that is continued, or None.
-    """
-    before = (record or {}).get("plan", {})
-    if "micro_batch_tokens" not in before or before["micro_batch_tokens"] == plan.micro_batch_tokens:
-        return plan
-    reasons = {**plan.reasons, "micro_batch_tokens": "as in the run that is continued, so that its numbers repeat"}
-    return replace(plan, micro_batch_tokens=before["micro_batch_tokens"], reasons=reasons)
 
 
 def start_accelerator(cfg: RunConfig, plan: ModelPlan) -> Accelerator:

@@ -46,7 +46,8 @@ def rehearse(job: Job, plan: ModelPlan) -> None:
         return
     generators = Generators()
     started = time.monotonic()
-    group, _ = largest_group(feed.schedule, feed.examples.lengths.tolist(), job.total_steps)
+    sizes = feed.examples.lengths.tolist()
+    group, _ = largest_group(feed.schedule, lambda item: sum(sizes[index] for index in item), job.total_steps)
     batch = feed.batch(group).to(job.accelerator.device)
     state = plan.costs.memory.optimizer if plan.costs and job.accelerator.device.type != "cpu" else 0
     held = torch.empty(state, dtype=torch.uint8, device=job.accelerator.device)

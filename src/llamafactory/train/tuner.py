@@ -53,7 +53,7 @@ def _run(cfg: RunConfig, claim: Claim, stop: StopRequest) -> RunResult:
     from llamafactory.extras.hardware import read_hardware
     from llamafactory.model.loader import load_model_config
     from llamafactory.model.remedies import require_fit
-    from llamafactory.train import build, finish, memory_use, text
+    from llamafactory.train import build, finish, memory_use, planning, text
     from llamafactory.train.interruption import interruptible
     from llamafactory.train.loop import fit
     from llamafactory.train.rehearsal import needs_rehearsal, rehearse
@@ -85,8 +85,8 @@ def _run(cfg: RunConfig, claim: Claim, stop: StopRequest) -> RunResult:
     start.ended("rows")
     model_config = load_model_config(cfg.model)
     hardware = read_hardware(use_cpu=cfg.train.use_cpu)
-    plan_again = build.planner(model_config, hardware, data.train, mix=data.mix)
-    plan = build.keep_split(plan_again(cfg), claim.record)
+    plan_again = planning.planner(model_config, hardware, data.train, mix=data.mix)
+    plan = planning.keep_split(plan_again(cfg), claim.record)
     build.say_lines(plan.lines())
     if cfg.train.do_train:
         require_fit(cfg, plan, hardware, plan_again)

@@ -33,4 +33,15 @@ def apply(model: PreTrainedModel, options: Options, *, adapters: tuple[Path, ...
     return model
 
 
-METHOD = Method(apply=apply, merged_before=lambda options, adapters: (), trains_base=True, saves_adapter=False)
+def outline(model: PreTrainedModel, options: Options, *, adapters: tuple[Path, ...]) -> nn.Module:
+    """The model as it will be trained, without weights."""
+    return apply(model, options, adapters=(), trainable=True)
+
+
+METHOD = Method(
+    apply=apply,
+    outline=outline,
+    merged_before=lambda options, adapters: (),
+    trains_base=True,
+    saves_adapter=False,
+)

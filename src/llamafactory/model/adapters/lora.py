@@ -63,6 +63,22 @@ def apply(model: PreTrainedModel, options: Options, *, adapters: tuple[Path, ...
         return _fresh(model, options) if trainable else model
 
 
+def outline(model: PreTrainedModel, options: Options, *, adapters: tuple[Path, ...]) -> nn.Module:
+    """The model as it will be trained, without weights: an adapter that is continued is made from its own config."""
+    from peft import PeftConfig, get_peft_model
+
+    from llamafactory.model.patches.peft_future_warning import without_future_warning
+
+    model.requires_grad_(False)
+    continued = adapters[len(merged_before(options, adapters)) :]
+    with without_future_warning():
+        if not continued:
+            return _fresh(model, options)
+        config = PeftConfig.from_pretrained(str(continued[-1]))
+        config.inference_mode = False
+        return get_peft_model(model, config)
+
+
 def merged_before(options: Options, adapters: tuple[Path, ...]) -> tuple[Path, ...]:
     """The adapters that are merged into the base: all but the last, or all under `create_new_adapter`."""
     return adapters if options.create_new_adapter else adapters[:-1]
@@ -110,4 +126,4 @@ def _check_targets(model: PreTrainedModel, options: Options) -> None:
         )
 
 
-METHOD = Method(apply=apply, merged_before=merged_before, trains_base=False, saves_adapter=True)
+METHOD = Method(apply=apply, outline=outline, merged_before=merged_before, trains_base=False, saves_adapter=True)
