@@ -53,3 +53,15 @@ def test_no_documents_give_no_blocks() -> None:
     assert len(cut_blocks(documents([1]), 8)) == 0
     with pytest.raises(IndexError):
         cut_blocks(documents([4]), 8)[1]
+
+
+def test_a_block_names_the_documents_that_it_begins_and_ends_in() -> None:
+    builder = ShardBuilder()
+    for number, length in enumerate((3, 5, 2), start=1):
+        ids = np.arange(length, dtype=np.int32)
+        builder.add([Example(input_ids=ids, labels=ids)])
+        builder.note_origin(f"texts.txt:{number}")
+    blocks = cut_blocks(table_of([builder.build()]), 4)
+    assert [blocks.origin(place) for place in range(3)] == [
+        "texts.txt:1 to texts.txt:2", "texts.txt:2", "texts.txt:3",
+    ]  # fmt: skip

@@ -113,3 +113,34 @@ def test_rows_taken_from_a_shard_are_those_that_were_put_in(rows: list[tuple[lis
     for name in ("tokens", "example_ends", "cuts", "group_ends", "flags"):
         assert getattr(taken, name).tolist() == getattr(added, name).tolist(), name
     assert all(same(taken.example(place), added.example(place)) for place in range(len(added.example_ends)))
+
+
+def test_examples_know_where_they_come_from_also_in_another_order() -> None:
+    names = [f"folder of #1/a:b.jsonl:{number}" for number in (1, 2, 5)] + ["rows.json#1", "rows.json#7"]
+    one = Example(input_ids=np.arange(3, dtype=np.int32), labels=np.arange(3, dtype=np.int32))
+    shards = []
+    for part in (names[:2], names[2:]):
+        builder = ShardBuilder()
+        for number, name in enumerate(part):
+            builder.add([one] * (1 + number % 2))  # a row may become several examples
+            builder.note_origin(name)
+        shards.append(builder.build())
+    table = table_of(shards)
+    assert [table.origin(place) for place in range(len(table))] == [
+        *names[:2],
+        names[1],
+        *names[2:4],
+        names[3],
+        names[4],
+    ]
+    chosen = join_tables([table.select([4, 0]), table.select([1])])
+    assert [chosen.origin(place) for place in range(len(chosen))] == [names[4], names[0], names[1], names[1]]
+
+
+def test_examples_that_nobody_named_have_no_origin() -> None:
+    one = Example(input_ids=np.arange(3, dtype=np.int32), labels=np.arange(3, dtype=np.int32))
+    builder = ShardBuilder()
+    builder.add([one])
+    builder.note_origin("rows.json#1")
+    builder.add([one])
+    assert table_of([builder.build()]).origin(0) == ""

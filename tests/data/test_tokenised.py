@@ -127,7 +127,12 @@ def test_a_renamed_file_and_set_are_found_and_called_by_their_new_names(
     (tmp_path / "rows.json").rename(tmp_path / "better.json")
     (tmp_path / "dataset_info.json").write_text(json.dumps({"new": {"file_name": "better.json"}}))
     data = DataConfig(dataset=("new",), dataset_dir=str(tmp_path), template="chatml")
-    prepare(data, tokenizer, output_dir=tmp_path / "out")
+    prepared = prepare(data, tokenizer, output_dir=tmp_path / "out")
+    assert [prepared.train.origin(place) for place in (0, 3, 198)] == [
+        "better.json#1",
+        "better.json#5",
+        "better.json#200",
+    ]
     [lost] = [json.loads(line) for line in (tmp_path / "out" / "bad_rows.jsonl").read_text().splitlines()]
     assert (lost["dataset"], lost["origin"]) == ("new", "better.json#4")
 

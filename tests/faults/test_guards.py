@@ -22,7 +22,7 @@ def test_a_step_that_is_not_finite_leaves_the_weights_of_the_step_before(place):
     run = place.begin("nan", fault="step:6:nan")
     assert run.wait() == 1
     assert "loss or gradient of step 6 is not finite: the step was not taken" in run.text
-    assert f"is saved in {place.folder / 'nan' / 'checkpoint-5'}. Its rows: example " in run.text
+    assert f"is saved in {place.folder / 'nan' / 'checkpoint-5'}. Its rows: rows.json#" in run.text
     weights = [
         (place.folder / name / "checkpoint-5" / "adapter_model.safetensors").read_bytes()
         for name in ("reference", "nan")
@@ -35,7 +35,7 @@ def test_a_step_that_is_not_finite_leaves_the_weights_of_the_step_before(place):
 def test_a_step_that_is_not_finite_can_be_left_out(place):
     run = place.begin("skip", "on_nan=skip:1", fault="step:6:nan")
     assert run.wait() == 0, run.text[-2000:]
-    assert "step 6 is left out, because it is not finite (1 of at most 1); rows: example " in run.text
+    assert "step 6 is left out, because it is not finite (1 of at most 1); rows: rows.json#" in run.text
     rows = [json.loads(line) for line in (place.folder / "skip" / "trainer_log.jsonl").read_text().splitlines()]
     assert [row["current_steps"] for row in rows if "loss" in row] == [step for step in range(1, 22) if step != 6]
     run = place.begin("skip too often", "on_nan=skip:1", fault="step:6:nan,step:8:nan")

@@ -76,7 +76,7 @@ def test_one_stopped_rank_ends_both_and_is_named(make_place):
     assert process.returncode not in (0, 130, 143)
     who = rf"rank 1 \(pid {ranks[1].pid} on .*\)"
     assert re.search(who + r" has given no sign of life for 20 s; it was at \w+\.py:\d+ in \w+", text)
-    assert "Rank 0 was at " in text
+    assert re.search(r"Rank 0 was at .*, in step \d+, rows: rows\.json#\d+ \(\d+ tokens\), rows\.json#", text)
     assert seconds < 60
     record = json.loads((place.folder / "stopped" / "run.json").read_text())
     assert record["state"] == "failed"

@@ -59,6 +59,13 @@ class BlockTable(Sequence[Example]):
             labels=np.concatenate([piece.labels for piece in pieces]),
         )
 
+    def origin(self, index: int) -> str:
+        """The document that a block begins in, and the one that it ends in, as `ExampleTable.origin`."""
+        start, length = int(self.starts[index]), int(self.lengths[index])
+        ends = np.searchsorted(self.ends, [start, start + length - 1], side="right").tolist()
+        first, last = (self.documents.origin(document) for document in ends)
+        return first if first == last else f"{first} to {last}"
+
     def _pieces(self, start: int, length: int) -> Iterator[Example]:
         stop = start + length
         document = int(np.searchsorted(self.ends, start, side="right"))

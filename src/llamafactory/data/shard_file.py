@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from llamafactory.data.table import Shard
 from llamafactory.extras.files import fsync
 
-_FIELDS = ("example_ends", "group_ends", "tokens", "weights", "cuts", "flags")  # wide ones first: all are aligned
+_FIELDS = ("example_ends", "group_ends", "tokens", "weights", "cuts", "origin_rows", "origin_files", "flags")
+"""Wide ones first: all are aligned."""
 _DTYPES = {"I8": np.int8, "I32": np.int32, "I64": np.int64, "F32": np.float32}
 _NAMES = {np.dtype(dtype).name: name for name, dtype in _DTYPES.items()}
 _CHUNK_BYTES = 1 << 20
@@ -41,7 +42,8 @@ def write_shard(path: Path, shard: Shard, record: Mapping[str, Any]) -> None:
         OSError: the file cannot be written; nothing is left behind.
     """
     arrays = {name: array for name in _FIELDS if (array := getattr(shard, name)) is not None}
-    header: dict[str, Any] = {"__metadata__": {"record": json.dumps(record)}}
+    names = json.dumps(shard.origin_names)
+    header: dict[str, Any] = {"__metadata__": {"record": json.dumps(record), "origin_names": names}}
     place = 0
     for name, array in arrays.items():
         entry = {
@@ -93,7 +95,7 @@ def read_shard(path: Path, *, is_checked: bool = True) -> tuple[Shard, dict[str,
         if is_checked and _rest_checksum(path, start, _header_checksum(header)) != written:
             raise DamagedShardError(f"{path.name} does not have the checksum that it was written with")
         mapped = np.memmap(path, dtype=np.uint8, mode="r")
-        arrays: dict[str, Any] = {"weights": None}
+        arrays: dict[str, Any] = {"weights": None, "origin_names": tuple(json.loads(meta["origin_names"]))}
         for name, entry in entries.items():
             first, last = (start + offset for offset in entry["data_offsets"])
             arrays[name] = _view(mapped[first:last], entry["dtype"])

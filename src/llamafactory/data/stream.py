@@ -164,6 +164,7 @@ class ExampleStream:
             kept, reason = self._encoder.keep(encoded)
             if kept:
                 builder.take(encoded.shard, kept, encoded.flag)
+                builder.note_origin(encoded.origin)
             else:
                 lost.append(LostRow(dataset=names[encoded.origin], origin=encoded.origin, reason=reason, is_bad=False))
         self.num_encoded += len(chosen)

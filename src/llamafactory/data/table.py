@@ -5,6 +5,7 @@ A *group* is what one row became, and stays together: a pair of answers, or the 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, overload
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from llamafactory.data.types import IGNORE_INDEX, Example
 
 NO_FLAG = -1
+_ORIGIN = re.compile(r"(.*[:#])(\d+)", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -28,6 +30,9 @@ class Shard:
         cuts: int32 `[examples]`, tokens that truncation took out.
         group_ends: int64 `[groups]`, the example behind each group.
         flags: int8 `[groups]`, 1 or 0 (an answer was liked or not), `NO_FLAG` where the view has none.
+        origin_rows: int32 `[groups]`, number of the row or line of each group; None where nobody noted it.
+        origin_files: int32 `[groups]`, number of its file in `origin_names`.
+        origin_names: files of the rows, each with the mark between its name and a number: `rows.json#`.
     """
 
     tokens: NDArray[np.int32]
@@ -36,6 +41,16 @@ class Shard:
     cuts: NDArray[np.int32]
     group_ends: NDArray[np.int64]
     flags: NDArray[np.int8]
+    origin_rows: NDArray[np.int32] | None = None
+    origin_files: NDArray[np.int32] | None = None
+    origin_names: tuple[str, ...] = ()
+
+    def origin(self, place: int) -> str:
+        """Where the example at `place` comes from, `rows.json#12`; empty where that is not known."""
+        if self.origin_rows is None or self.origin_files is None:
+            return ""
+        group = int(np.searchsorted(self.group_ends, place, side="right"))
+        return f"{self.origin_names[int(self.origin_files[group])]}{int(self.origin_rows[group])}"
 
     @property
     def num_supervised(self) -> NDArray[np.int64]:
@@ -92,6 +107,7 @@ class ShardBuilder:
         self._cuts: list[int] = []
         self._group_ends: list[int] = []
         self._flags: list[int] = []
+        self._origins: dict[int, tuple[str, int]] = {}  # of groups
 
     def add(self, group: Sequence[Example], flag: int = NO_FLAG) -> None:
         """Append the examples of one row."""
@@ -114,6 +130,11 @@ class ShardBuilder:
         self._group_ends.append(len(self._tokens))
         self._flags.append(flag)
 
+    def note_origin(self, origin: str) -> None:
+        """Keeps where the group that was added last comes from: `rows.jsonl:12` or `rows.json#12`."""
+        if match := _ORIGIN.fullmatch(origin):
+            self._origins[len(self._flags) - 1] = match[1], int(match[2])
+
     def build(self) -> Shard:
         """All groups added so far."""
         tokens = np.concatenate([*self._tokens, np.empty(0, np.int32)]).astype(np.int32, copy=False)
@@ -131,7 +152,18 @@ class ShardBuilder:
             cuts=np.array(self._cuts, dtype=np.int32),
             group_ends=np.array(self._group_ends, dtype=np.int64),
             flags=np.array(self._flags, dtype=np.int8),
+            **self._noted_origins(),
         )
+
+    def _noted_origins(self) -> dict[str, Any]:
+        if not self._flags or len(self._origins) < len(self._flags):
+            return {}
+        names = {name: number for number, name in enumerate(dict.fromkeys(name for name, _ in self._origins.values()))}
+        return {
+            "origin_rows": np.array([row for _, row in self._origins.values()], dtype=np.int32),
+            "origin_files": np.array([names[name] for name, _ in self._origins.values()], dtype=np.int32),
+            "origin_names": tuple(names),
+        }
 
 
 class Examples(Protocol):
@@ -160,6 +192,9 @@ class Examples(Protocol):
     def __getitem__(self, index: int) -> Example: ...
     @overload
     def __getitem__(self, index: slice) -> Sequence[Example]: ...
+    def origin(self, index: int) -> str:
+        """Where an example comes from, `rows.json#12`; empty where that is not known."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -206,6 +241,12 @@ class ExampleTable(Sequence[Example]):
         number = int(self.numbers[index])
         shard = int(np.searchsorted(self.starts, number, side="right")) - 1
         return self.shards[shard].example(number - int(self.starts[shard]), first, last)
+
+    def origin(self, index: int) -> str:
+        """Where an example comes from, `rows.json#12`; empty where that is not known."""
+        number = int(self.numbers[index])
+        shard = int(np.searchsorted(self.starts, number, side="right")) - 1
+        return self.shards[shard].origin(number - int(self.starts[shard]))
 
     def group(self, number: int) -> list[Example]:
         """The examples of one row."""

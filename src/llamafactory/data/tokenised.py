@@ -126,6 +126,7 @@ def encode_shard(chunk: Sequence[SourceRow], reader: RecordReader, rows: RowEnco
                 kept, reason = rows.keep(row)
                 if kept:
                     builder.take(row.shard, kept, row.flag)
+                    builder.note_origin(row.origin)
                 else:
                     dropped.append(LostRow(dataset="", origin=row.origin, reason=reason, is_bad=False))
     shard = builder.build()
@@ -167,7 +168,7 @@ def _together(
     for _, record in found:
         for kind, message in record["said"]:
             log.repeat(kind, message)
-    table = table_of(shard for shard, _ in found)
+    table = table_of(_renamed(shard, file_names) for shard, _ in found)
     records = [record for _, record in found]
     lost = [
         replace(LostRow(**row), dataset=name, origin=_origin_now(row["origin"], file_names))
@@ -197,6 +198,12 @@ def _origin_now(origin: str, file_names: Mapping[str, str]) -> str:
     """`rows.jsonl:12` with the name that the file has now."""
     file, mark, number = origin.rpartition("#" if "#" in origin else ":")
     return f"{file_names.get(file, file)}{mark}{number}"
+
+
+def _renamed(shard: Shard, file_names: Mapping[str, str]) -> Shard:
+    """The shard with the names that its files have now."""
+    names = tuple(f"{file_names.get(name[:-1], name[:-1])}{name[-1]}" for name in shard.origin_names)
+    return replace(shard, origin_names=names)
 
 
 def row_chunks(rows: Iterator[SourceRow], size: int) -> Iterator[list[SourceRow]]:

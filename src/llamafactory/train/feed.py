@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 
 from llamafactory.data.batch import Batch
@@ -67,11 +68,12 @@ class Feed:
         )
 
     def rows(self, step: int) -> list[str]:
-        """Names of the examples of optimizer step `step` (0-based), over all ranks; counted from 0, in data order."""
+        """Names of the rows of optimizer step `step` (0-based), over all ranks, with their tokens."""
         indices = [
             index for share in self.schedule.window(step) for group in share for item in group for index in item
         ]
-        return [f"example {index} ({len(self.examples[index])} tokens)" for index in indices]
+        named = groupby(indices, key=lambda index: self.examples.origin(index) or f"example {index}")
+        return [f"{name} ({sum(len(self.examples[index]) for index in same)} tokens)" for name, same in named]
 
     def cursor(self, step: int) -> dict[str, Any]:
         """Where in the data optimizer step `step` (0-based) begins, for a checkpoint; JSON-able."""

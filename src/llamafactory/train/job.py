@@ -29,6 +29,17 @@ class Updates:
     scheduler: LRScheduler
 
 
+@dataclass(kw_only=True)
+class Progress:
+    """How far a run is, for those who look on from another thread.
+
+    Attributes:
+        step: optimizer steps that were begun; 0 before the first one.
+    """
+
+    step: int = 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """Everything that a training run needs, ready-made.
@@ -50,6 +61,7 @@ class Job:
         is_async: whether checkpoints are written while training goes on.
         facts: what every checkpoint says of the run besides its id and step.
         first_step_is_over: called once, when this process has done its first step.
+        progress: kept up to date by the loop.
     """
 
     cfg: TrainConfig
@@ -68,6 +80,15 @@ class Job:
     is_async: bool = True
     facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
     first_step_is_over: Callable[[], None] = lambda: None
+    progress: Progress = field(default_factory=Progress)
+
+    def doing(self) -> str:
+        """The step that is being done and its rows, in words; empty before the first one."""
+        if not self.progress.step:
+            return ""
+        rows = self.feed.rows(self.progress.step - 1)
+        more = f" and {len(rows) - 12} more" if len(rows) > 12 else ""
+        return f"step {self.progress.step}, rows: {', '.join(rows[:12])}{more}"
 
 
 @dataclass(frozen=True, kw_only=True)

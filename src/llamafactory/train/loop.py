@@ -164,6 +164,7 @@ class _Run:
         failed = failpoints.visit("step")
         self._points.append(ReturnPoint.take(self.step, self.updates, self.supervised, self.num_tokens))
         self._is_in_window = True
+        job.progress.step = self.step + 1
         window = job.feed.window(self.step, job.accelerator.process_index)
         sums = steps.accumulate(job.accelerator, job.module, window)
         if failed:

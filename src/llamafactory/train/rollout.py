@@ -123,9 +123,9 @@ class Rollouts:
         return self._window(self._kept[number], number, place, rank)
 
     def rows(self, step: int) -> list[str]:
-        """Names of the prompts of an optimizer step's rollout."""
+        """Names of the rows of the prompts of an optimizer step's rollout."""
         shares = _shares(self.schedule.prompts, step // self.schedule.num_updates)
-        return [f"prompt {item[0]}" for share in shares for item in share]
+        return [self._prompts.origin(item[0]) or f"prompt {item[0]}" for share in shares for item in share]
 
     def cursor(self, step: int) -> dict[str, Any]:
         """Where optimizer step `step` begins, and what the stage remembers; JSON-able."""

@@ -99,7 +99,7 @@ def _run(cfg: RunConfig, claim: Claim, stop: StopRequest) -> RunResult:
         cfg, claim, plan=plan, data=data, policy=policy, num_processes=accelerator.num_processes
     )
     watch = watching(accelerator, stop, partial(record.write_end, accelerator))
-    with record.closing(accelerator), watch, memory_use.explained(plan):
+    with record.closing(accelerator), watch as dog, memory_use.explained(plan):
         job = build.assemble_job(
             cfg,
             claim,
@@ -113,6 +113,8 @@ def _run(cfg: RunConfig, claim: Claim, stop: StopRequest) -> RunResult:
             template=template,
             first_step_is_over=partial(record.note_start_up, start),
         )
+        if dog is not None:
+            dog.doing = job.doing
         start.ended("optimizer")
         with interruptible(job, stop):
             if cfg.train.do_train:

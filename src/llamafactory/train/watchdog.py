@@ -38,8 +38,10 @@ _PREFIX = "llamafactory/heartbeat"
 
 
 @contextmanager
-def watching(accelerator: Accelerator, stop_request: StopRequest, on_end: Callable[[str], None]) -> Iterator[None]:
-    """Watches the other processes of a run while the block runs; alone it does nothing.
+def watching(
+    accelerator: Accelerator, stop_request: StopRequest, on_end: Callable[[str], None]
+) -> Iterator[Watchdog | None]:
+    """Watches the other processes of a run while the block runs; alone it does nothing, and gives None.
 
     Args:
         accelerator: of the run.
@@ -48,7 +50,7 @@ def watching(accelerator: Accelerator, stop_request: StopRequest, on_end: Callab
     """
     store = _connect() if accelerator.num_processes > 1 else None
     if store is None:
-        yield
+        yield None
         return
     stop = threading.Event()
     main = threading.main_thread().ident or 0
@@ -56,7 +58,7 @@ def watching(accelerator: Accelerator, stop_request: StopRequest, on_end: Callab
     thread = threading.Thread(target=dog.run, args=(stop,), name="watchdog", daemon=True)
     thread.start()
     try:
-        yield
+        yield dog
     finally:
         dog.say(is_done=True)
         stop.set()
@@ -76,7 +78,11 @@ def _connect() -> Any:
 
 
 class Watchdog:
-    """One process's view of all others."""
+    """One process's view of all others.
+
+    Attributes:
+        doing: says which step this process is in, and its rows.
+    """
 
     def __init__(
         self, store: Any, rank: int, world: int, main: int, stop_request: StopRequest, on_end: Callable[[str], None]
@@ -93,6 +99,7 @@ class Watchdog:
         """
         self._store, self._rank, self._world, self._main, self._on_end = store, rank, world, main, on_end
         self._stop_request = stop_request
+        self.doing: Callable[[], str] = lambda: ""
         self._count = 0
         self._lock = threading.Lock()
         self._seen: dict[int, tuple[int, int]] = {}  # rank -> its counter, and our polls since it moved
@@ -149,7 +156,7 @@ class Watchdog:
         here = where(self._frame())
         who = f"rank {beat['rank']} (pid {beat['pid']} on {beat['host']})"
         last = f"has given no sign of life for {SILENT_POLLS * POLL_SECONDS:.0f} s; it was at {beat['line']}"
-        reason = f"{who} {last}. Rank {self._rank} was at {here}"
+        reason = f"{who} {last}. Rank {self._rank} was at {here}{self._said_to_be_doing()}"
         print(f"error: {reason}", file=sys.stderr, flush=True)
         frame = self._frame()
         if frame is not None:
@@ -162,6 +169,13 @@ class Watchdog:
                 pass
         time.sleep(0.5)
         os._exit(EXIT_CODE)
+
+    def _said_to_be_doing(self) -> str:
+        try:
+            doing = self.doing()
+        except Exception as error:  # the main thread is in the middle of something; that must not keep this one alive
+            return f", in a step whose rows cannot be named ({type(error).__name__})"
+        return f", in {doing}" if doing else ""
 
 
 def where(frame: FrameType | None) -> str:
