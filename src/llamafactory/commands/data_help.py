@@ -52,6 +52,20 @@ SUB_COMMANDS: dict[str, SubCommand] = {
         f"tokens that it cuts, examples that repeat an earlier one, the mix of data sets. {_CONFIG}",
         (_JSON,),
     ),
+    "cache": SubCommand(
+        "cache [list | prune --unused-days N | prune --max-gb N] [--folder PATH]",
+        "list the tokenised rows that are kept, remove old ones",
+        "Training keeps tokenised rows and finds them again by their content. list (the default) shows each data set "
+        "with its size and when a run used it last; prune removes those unused for longest, until what is left "
+        "keeps the limits. What a run is writing to stays; what is removed is tokenised again when it is needed.",
+        (
+            ("--unused-days N", "prune: those that no run used for N days go"),
+            ("--max-gb N", "prune: what is left takes at most N GB"),
+            ("--folder PATH", "the cache folder; without it: this user's, where training looks"),
+            ("--dry-run", "prune: say what would go, and remove nothing"),
+            _JSON,
+        ),
+    ),
     "render": SubCommand(
         "render --template NAME FILE.jsonl [--tokenizer PATH]",
         "write conversations as a template does",

@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from llamafactory.extras.errors import DataError
 from llamafactory.extras.files import user_cache_dir, write_json
 from llamafactory.hparams.data import DataConfig
 
-_MANIFEST, _LOCK = "manifest.json", ".lock"
+MANIFEST, LOCK = "manifest.json", ".lock"
 _FORMAT = 1
 _PATIENCE = 2.0
 """Seconds of waiting after which it is said."""
@@ -50,7 +50,7 @@ class TokenCache:
     def manifest(self) -> dict[str, Any] | None:
         """What the folder holds; None where it is not complete."""
         try:
-            found = json.loads((self.folder / _MANIFEST).read_text(encoding="utf-8"))
+            found = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
             return found if found["format"] == _FORMAT and isinstance(found["num_shards"], int) else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -60,6 +60,8 @@ class TokenCache:
         manifest = self.manifest()
         if manifest is None:
             return None
+        with suppress(OSError):  # a folder that is only read says nothing of its use
+            os.utime(self.folder / MANIFEST)
         try:
             return [self.read(number) for number in range(manifest["num_shards"])]
         except DamagedShardError as error:
@@ -109,7 +111,7 @@ class TokenCache:
                 "files": list(files),
                 "key": dict(self.parts),
             }
-            write_json(self.folder / _MANIFEST, document)
+            write_json(self.folder / MANIFEST, document)
 
     def file_names(self) -> list[str]:
         """Names that the files of the data set had when the rows were tokenised."""
@@ -117,7 +119,7 @@ class TokenCache:
 
     def clear(self) -> None:
         """Forget what the folder holds, so that all of it is made again."""
-        (self.folder / _MANIFEST).unlink(missing_ok=True)
+        (self.folder / MANIFEST).unlink(missing_ok=True)
         for path in self.folder.glob("*.safetensors"):
             path.unlink(missing_ok=True)
 
@@ -130,7 +132,7 @@ class TokenCache:
         """
         with _explained(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.folder / _LOCK)
+            lock = FileLock(self.folder / LOCK)
             try:
                 lock.acquire(timeout=_PATIENCE)
             except Timeout:
@@ -174,11 +176,10 @@ class TokenCaches:
             DataError: `tokenized_path` holds other files.
         """
         if data.tokenized_path is None:
-            own = os.environ.get("LLAMAFACTORY_TOKEN_CACHE")
-            root = Path(own) if own else (cache_dir or user_cache_dir()) / "tokens"
+            root = usual_root(cache_dir)
             return cls(root=root, is_named=False, remakes=data.overwrite_cache)
         root = Path(data.tokenized_path)
-        if root.is_dir() and any(root.iterdir()) and not any(root.glob(f"*/{_LOCK}")):
+        if root.is_dir() and any(root.iterdir()) and not any(root.glob(f"*/{LOCK}")):
             raise DataError(
                 "tokenized_path holds other files than tokenised rows of this program",
                 where=str(root),
@@ -216,12 +217,18 @@ class TokenCaches:
             DataError: rows that were tokenised otherwise.
         """
         found: list[TokenCache] = []
-        for path in sorted(self.root.glob(f"*/{_MANIFEST}")) if self.is_named else ():
+        for path in sorted(self.root.glob(f"*/{MANIFEST}")) if self.is_named else ():
             cache = TokenCache(folder=path.parent, parts={})
             if (manifest := cache.manifest()) is not None:
                 _refuse_difference(path.parent, {key: manifest["key"].get(key, "") for key in parts}, parts)
                 found.append(replace(cache, parts=manifest["key"], use=manifest["use"], name=manifest["name"]))
         return found
+
+
+def usual_root(cache_dir: Path | None = None) -> Path:
+    """Where tokenised rows are kept unless `tokenized_path` names a folder; `cache_dir` None: this user's."""
+    own = os.environ.get("LLAMAFACTORY_TOKEN_CACHE")
+    return Path(own) if own else (cache_dir or user_cache_dir()) / "tokens"
 
 
 def _refuse_difference(folder: Path, there: Mapping[str, str], wanted: Mapping[str, str]) -> None:

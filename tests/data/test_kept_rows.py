@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llamafactory import cli
+from llamafactory.data.kept_rows import KeptRows, choose_unneeded, find_kept, remove
+from llamafactory.data.table import ShardBuilder
+from llamafactory.data.token_cache import TokenCache
+from llamafactory.extras.errors import ConfigError
+
+DAY = 86_400.0
+NOW = 1_800_000_000.0
+
+
+def keep(root: Path, name: str, *, days: float, is_complete: bool = True) -> TokenCache:
+    """A tokenised data set without rows that was used so many days ago."""
+    cache = TokenCache(folder=root / f"{name}-key", parts={"rows": name}, use="train", name=name)
+    with cache.only_writer():
+        cache.seal(0, ShardBuilder().build(), {"num_rows": 0})
+        if is_complete:
+            cache.finish(1, [])
+    for path in cache.folder.iterdir():
+        os.utime(path, (NOW - days * DAY,) * 2)
+    return cache
+
+
+def test_what_is_kept_is_found_the_latest_first(tmp_path: Path) -> None:
+    keep(tmp_path, "old", days=9)
+    keep(tmp_path, "new", days=1)
+    keep(tmp_path, "stopped", days=5, is_complete=False)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "manifest.json").write_text("{}")
+    found = find_kept(tmp_path)
+    assert [(one.name, one.is_complete) for one in found] == [("new", True), ("", False), ("old", True)]
+    assert all(one.num_bytes == sum(path.stat().st_size for path in one.folder.iterdir()) for one in found)
+    assert find_kept(tmp_path / "nowhere") == []
+
+
+def test_reading_is_a_use(tmp_path: Path) -> None:
+    cache = keep(tmp_path, "old", days=900)
+    assert cache.load() is not None
+    assert find_kept(tmp_path)[0].last_used > NOW - 900 * DAY
+
+
+@given(
+    ages=st.lists(st.tuples(st.floats(0, 50), st.integers(0, 1000)), max_size=8),
+    days=st.none() | st.floats(0, 50),
+    limit=st.none() | st.integers(0, 4000),
+)
+def test_the_limits_are_kept_and_no_more_goes_than_they_ask(
+    ages: list[tuple[float, int]], days: float | None, limit: int | None
+) -> None:
+    kept = [
+        KeptRows(folder=Path(str(n)), name="", use="", num_bytes=size, last_used=NOW - age * DAY, is_complete=True)
+        for n, (age, size) in enumerate(ages)
+    ]
+    chosen = choose_unneeded(kept, unused_days=days, max_bytes=limit, now=NOW)
+    left = [one for one in kept if one not in chosen]
+    assert limit is None or sum(one.num_bytes for one in left) <= limit
+    for one in left:
+        assert days is None or one.last_used >= NOW - days * DAY
+        assert all(one.last_used >= other.last_used for other in chosen)
+    if chosen:
+        latest = chosen[-1]
+        is_old = days is not None and latest.last_used < NOW - days * DAY
+        assert is_old or (limit is not None and sum(one.num_bytes for one in [*left, latest]) > limit)
+
+
+def test_only_own_files_go_and_never_beside_a_writer(tmp_path: Path) -> None:
+    first, second = keep(tmp_path, "a", days=2), keep(tmp_path, "b", days=1)
+    (second.folder / "notes.txt").write_text("mine")
+    with FileLock(first.folder / ".lock"):
+        assert [remove(one) for one in find_kept(tmp_path)] == [True, False]
+    assert first.load() is not None
+    assert [path.name for path in second.folder.iterdir()] == ["notes.txt"]
+    assert remove(find_kept(tmp_path)[0])
+    assert not first.folder.exists()
+
+
+def test_the_command_lists_and_prunes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keep(tmp_path, "old", days=5000)
+    cli.main(["data", "cache", "--folder", str(tmp_path)])
+    assert "old (train)" in capsys.readouterr().out
+    for words in (["prune", "--unused-days", "3000", "--dry-run"], ["prune", "--max-gb", "1"]):
+        assert cli.main(["data", "cache", *words, f"--folder={tmp_path}"]) == 0
+    shown = capsys.readouterr().out
+    assert "1 of 1 data sets" in shown
+    assert "would go" in shown
+    assert "0 of 1 data sets" in shown
+    assert len(find_kept(tmp_path)) == 1
+    cli.main(["data", "cache", "prune", "--max-gb=0", "--json", "--folder", str(tmp_path)])
+    removed = json.loads(capsys.readouterr().out)
+    assert [one["name"] for one in removed["removed"]] == ["old"]
+    assert not removed["dry_run"]
+    assert find_kept(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["prune"], "no limit is given"),
+        (["purge"], "unknown word"),
+        (["prune", "--max-gb", "much"], "a number from 0 up"),
+        (["prune", "--unused-days", "nan"], "a number from 0 up"),
+        (["--dry-run"], "is for prune"),
+        (["list", "more"], "unknown word"),
+    ],
+)
+def test_wrong_words_remove_nothing(words: list[str], message: str, tmp_path: Path) -> None:
+    from llamafactory.commands.data_cache import main
+
+    keep(tmp_path, "old", days=5000)
+    with pytest.raises(ConfigError, match=message):
+        main([*words, "--folder", str(tmp_path)])
+    assert len(find_kept(tmp_path)) == 1
