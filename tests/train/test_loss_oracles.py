@@ -1,4 +1,4 @@
-"""Every preference loss against TRL on the same batch and against a plain transcription of its paper, in float32.
+"""The losses of sft, rm, dpo and kto against TRL on one batch and against plain transcriptions of papers, in float32.
 
 `WRITE_LOSS_ORACLES=1 pytest tests/train/test_loss_oracles.py` writes docs/reference/loss_oracles.md.
 """
@@ -15,7 +15,7 @@ import torch
 
 from llamafactory.train import preference
 from llamafactory.train.preference import Answers
-from llamafactory.train.stages import dpo, rm
+from llamafactory.train.stages import dpo, rm, sft
 
 TABLE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "loss_oracles.md"
 PAIRS, LENGTHS = 5, ((7, 4), (3, 9), (6, 6), (1, 2), (12, 5))
@@ -75,8 +75,9 @@ class Trainer(SimpleNamespace):
 
     def __init__(self, **values: object) -> None:
         accelerator = SimpleNamespace(
-            gather=lambda x: x, gather_for_metrics=lambda x: x, device=torch.device("cpu"), num_processes=1
-        )
+            gather=lambda x: x, gather_for_metrics=lambda x: x, device=torch.device("cpu"), num_processes=1,
+            parallelism_config=None,
+        )  # fmt: skip
         super().__init__(
             accelerator=accelerator, model=SimpleNamespace(training=True), aux_loss_enabled=False, ld_alpha=None,
             precompute_ref_logps=True, f_divergence_type="reverse_kl", loss_weights=[1.0], use_weighting=False,
@@ -286,6 +287,91 @@ def test_rm(margin):
         ).mean()
 
     record("rm", f"margin {margin:g}", difference(of_ours, of_trl), difference(of_ours, of_paper))
+
+
+VOCAB, TARGETS = 40, torch.tensor([3, 0, 39, 17, 3, 21])
+
+
+def tokens_of(seed: int, spread: float = 3.0) -> torch.Tensor:
+    """Random logits of supervised tokens, `[targets, vocab]`."""
+    return spread * torch.randn(len(TARGETS), VOCAB, generator=torch.Generator().manual_seed(seed))
+
+
+def difference_of_tokens(first, second) -> float:
+    """As `difference`, with the gradient by every logit."""
+    found = []
+    for compute in (first, second):
+        logits = tokens_of(1).requires_grad_()
+        value = compute(logits).mean()
+        value.backward()
+        found.append(torch.cat([value.detach()[None], logits.grad.flatten()]))
+    return float((found[0] - found[1]).abs().max())
+
+
+def logps_of(logits: torch.Tensor) -> torch.Tensor:
+    return logits.log_softmax(dim=-1).gather(1, TARGETS[:, None]).squeeze(1)
+
+
+def trl_dft(logits: torch.Tensor) -> torch.Tensor:
+    from trl import SFTTrainer
+
+    logps = torch.cat([torch.zeros(2), logps_of(logits)])[None]  # two tokens of a prompt
+    is_target = torch.tensor([[False, False, *[True] * len(TARGETS)]])
+    outputs = SimpleNamespace(
+        log_probs=logps, label_mask=is_target, entropy=torch.zeros_like(logps), is_top1=is_target
+    )
+    args = SimpleNamespace(loss_type="dft", average_tokens_across_devices=False)
+    trainer = Trainer(args=args, compute_loss_func=None, label_smoother=None)
+    return SFTTrainer.compute_loss(trainer, lambda **_: outputs, {"attention_mask": torch.ones_like(is_target)})
+
+
+def formula_of_tokens(logits: torch.Tensor, weigh, extra=lambda probs, place: 0.0) -> torch.Tensor:
+    """Token by token: cross-entropy times a constant, and what is added to it."""
+    total = torch.zeros(())
+    for place, (row, target) in enumerate(zip(logits, TARGETS.tolist(), strict=True)):
+        probs = torch.exp(row) / torch.exp(row).sum()
+        weight = weigh(probs.detach(), target)
+        total = total - weight * torch.log(probs[target]) + extra(probs, place)
+    return total / len(TARGETS)
+
+
+def entropy_weight(alpha: float):
+    def weigh(probs: torch.Tensor, target: int) -> torch.Tensor:
+        top = torch.sort(probs, descending=True).values[:20]
+        top = top / top.sum()
+        return (-(top * torch.log(top)).sum() / 3) ** alpha
+
+    return weigh
+
+
+def test_sft_dft():
+    ours = lambda logits: sft.dft_losses(logps_of(logits))  # noqa: E731
+    paper = lambda logits: formula_of_tokens(logits, lambda probs, target: probs[target])  # noqa: E731
+    record("sft", "use_dft_loss", difference_of_tokens(ours, trl_dft), difference_of_tokens(ours, paper))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3])
+def test_sft_asft(alpha):
+    anchor = tokens_of(2)
+
+    def kl(probs: torch.Tensor, place: int) -> torch.Tensor:
+        known = torch.exp(anchor[place]) / torch.exp(anchor[place]).sum()
+        return alpha * (known * torch.log(known / probs)).sum()
+
+    found = difference_of_tokens(
+        lambda logits: sft.asft_losses(logits, TARGETS, anchor, alpha),
+        lambda logits: formula_of_tokens(logits, lambda probs, target: probs[target], kl),
+    )
+    record("sft", f"use_asft_loss, asft_alpha {alpha:g}", None, found)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0, 0.7])
+def test_sft_eaft(alpha):
+    found = difference_of_tokens(
+        lambda logits: sft.eaft_losses(logits, TARGETS, alpha),
+        lambda logits: formula_of_tokens(logits, entropy_weight(alpha)),
+    )
+    record("sft", f"use_eaft_loss, eaft_alpha {alpha:g}", None, found)
 
 
 def test_the_gradient_of_orpo_is_finite_at_the_ends():
