@@ -20,6 +20,7 @@ from llamafactory.hparams.checks import CHECKS
 from llamafactory.hparams.known_keys import load_known_keys
 from llamafactory.hparams.names import Namespace, namespace_for
 from llamafactory.hparams.path_checks import PATH_CHECKS
+from llamafactory.hparams.predict_checks import PREDICT_CHECKS
 from llamafactory.hparams.read import RawValue, Source, read_source
 from llamafactory.hparams.resolve import Resolution, resolve
 from llamafactory.hparams.run_config import SECTIONS, RunConfig
@@ -49,7 +50,7 @@ def load_config(source: Source, *, command: str = "train") -> RunConfig:
 
     Args:
         source: words of a command line, path of a YAML or JSON file, or a mapping.
-        command: `train`, `chat`, `export` or `data`; decides which keys must be there.
+        command: `train`, `chat`, `score`, `export` or `data`; decides which keys must be there.
 
     Raises:
         ConfigError: with all problems.
@@ -77,7 +78,7 @@ def resolve_config(source: Source, *, command: str = "train") -> Resolution:
         names = replace(names, spare=_spare_options(stage, adapter), allow_unknown=_is_on("ALLOW_EXTRA_ARGS"))
     broken = {problem.key for problem in problems}
     usable = [item for item in raw if item.key not in broken]
-    checks = (*CHECKS, *PATH_CHECKS, _check_model_hub, _check_template, _check_datasets)
+    checks = (*CHECKS, *PREDICT_CHECKS, *PATH_CHECKS, _check_model_hub, _check_template, _check_datasets)
     resolution = resolve(usable, names, command=command, checks=checks)
     if not problems:
         return resolution
@@ -208,7 +209,7 @@ def _check_template(config: RunConfig) -> Problem | None:
 
 
 def _check_datasets(config: RunConfig) -> Iterable[Problem]:
-    if config.command not in ("train", "data") or not (config.data.dataset or config.data.eval_dataset):
+    if config.command not in ("train", "data", "score") or not (config.data.dataset or config.data.eval_dataset):
         return ()
     from llamafactory.data.registry import check_datasets
     from llamafactory.data.sources.access import access_of

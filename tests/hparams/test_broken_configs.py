@@ -147,11 +147,49 @@ BROKEN_YAML: dict[str, tuple[str, tuple[str, ...]]] = {
         GOOD + "eval_strategy: epoch\nevaluation_strategy: steps\nval_size: 0.5\n",
         ("given twice with different values, under two names",),
     ),
+    # predictions
+    "prediction without rows": (
+        GOOD + "do_predict: true\npredict_with_generate: true\n",
+        ("do_predict (c.yaml:5)", "no rows to evaluate on"),
+    ),
+    "prediction without answers": (
+        GOOD + "do_predict: true\nval_size: 0.5\n",
+        ("do_predict (c.yaml:5)", "predict_with_generate: true"),
+    ),
+    "prediction of dpo": (
+        GOOD + "do_predict: true\nval_size: 0.5\nstage: dpo\n",
+        ("stage dpo has nothing to predict",),
+    ),
+    "answers of rm": (
+        GOOD + "predict_with_generate: true\nval_size: 0.5\nstage: rm\n",
+        ("predict_with_generate (c.yaml:5): only for stage sft, not rm",),
+    ),
+    "prediction of the best weights": (
+        GOOD + "do_predict: true\npredict_with_generate: true\nval_size: 0.5\neval_strategy: epoch\n"
+        "load_best_model_at_end: true\n",
+        ("do_predict (c.yaml:5): would use the last weights",),
+    ),
+    "answers and accuracy": (
+        GOOD + "predict_with_generate: true\nval_size: 0.5\ncompute_accuracy: true\n",
+        ("cannot be combined with compute_accuracy",),
+    ),
+    "answers from beams": (
+        GOOD + "predict_with_generate: true\nval_size: 0.5\nnum_beams: 2\nrepetition_penalty: 1.1\n",
+        ("num_beams (c.yaml:7): predictions are made without beams", "repetition_penalty (c.yaml:8)"),
+    ),
+    "answers from beams by another name": (
+        GOOD + "predict_with_generate: true\nval_size: 0.5\neval_num_beams: 4\n",
+        ("num_beams (c.yaml:7): predictions are made without beams",),
+    ),
+    "answers under ZeRO-3": (
+        GOOD + "predict_with_generate: true\nval_size: 0.5\ndeepspeed: zero3.json\n",
+        ("deepspeed (c.yaml:7)",),
+    ),
     # missing
     "empty file": ("", ("model_name_or_path: missing", "do_train: nothing to do", "output_dir: missing")),
     "no model": (GOOD.split("\n", 1)[1], ("model_name_or_path: missing", "SmolLM2-135M-Instruct")),
     "no data set": (GOOD.replace("dataset: rows\n", ""), ("dataset: do_train is on, but there is no data set",)),
-    "nothing to do": (GOOD.replace("do_train: true\n", ""), ("neither do_train nor do_eval is on",)),
+    "nothing to do": (GOOD.replace("do_train: true\n", ""), ("do_train, do_eval and do_predict are off",)),
     # paths
     "model folder missing": (GOOD.replace("model\n", "./modle\n"), ("no such folder: ./modle", "did you mean model?")),
     "model folder without config.json": (GOOD.replace("path: model", "path: data"), ("has no config.json",)),
@@ -176,6 +214,15 @@ def test_broken_yaml_says_what_is_wrong(name: str, workspace: Path) -> None:
         assert fragment in message
     assert caught.value.exit_code == 2
     assert "Traceback" not in message
+
+
+def test_scores_name_the_command_that_installs_what_they_need(workspace: Path, monkeypatch) -> None:
+    from llamafactory.hparams import predict_checks
+
+    monkeypatch.setattr(predict_checks, "is_installed", lambda name: name != "jieba")
+    (workspace / "c.yaml").write_text(GOOD + "predict_with_generate: true\nval_size: 0.5\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"need jieba[\s\S]*pip install \"llamafactory\[metrics\]\""):
+        load_config(["c.yaml"])
 
 
 BROKEN_JSON: dict[str, tuple[str, tuple[str, ...]]] = {

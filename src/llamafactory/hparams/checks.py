@@ -41,9 +41,9 @@ def check_required(config: RunConfig) -> Iterator[Problem]:
         yield Problem(key="export_dir", message="missing", allowed="a folder", fix="export_dir: merged")
     if config.command != "train":
         return
-    if not (config.train.do_train or config.train.do_eval):
+    if not (config.train.do_train or config.train.do_eval or config.train.do_predict):
         yield Problem(
-            key="do_train", message="nothing to do: neither do_train nor do_eval is on", fix="do_train: true"
+            key="do_train", message="nothing to do: do_train, do_eval and do_predict are off", fix="do_train: true"
         )
     if not config.train.output_dir:
         yield Problem(key="output_dir", message="missing", allowed="a folder", fix="output_dir: saves/my-run")
@@ -62,8 +62,9 @@ def check_data_for_training(config: RunConfig) -> Problem | None:
 
 
 def check_data_to_look_at(config: RunConfig) -> Problem | None:
-    """The command data looks at rows."""
-    if config.command != "data" or config.data.dataset or config.data.eval_dataset:
+    """The commands data and score look at rows."""
+    is_there = config.data.dataset or (config.command == "data" and config.data.eval_dataset)
+    if config.command not in ("data", "score") or is_there:
         return None
     return Problem(
         key="dataset",
@@ -76,7 +77,7 @@ def check_data_to_look_at(config: RunConfig) -> Problem | None:
 def check_data_for_evaluation(config: RunConfig) -> Problem | None:
     """Evaluation needs rows too."""
     train = config.train
-    wanted = [key for key in ("do_eval", "eval_on_start") if getattr(train, key)]
+    wanted = [key for key in ("do_eval", "do_predict", "eval_on_start") if getattr(train, key)]
     wanted += ["eval_strategy"] if train.eval_strategy != "no" else []
     if config.command != "train" or not wanted or config.data.eval_dataset or config.data.val_size > 0:
         return None

@@ -49,8 +49,17 @@ def _samples(config: RunConfig) -> bool:
     return config.command == "train" and hasattr(config.stage_options, "reward_functions")
 
 
+def _writes_answers(config: RunConfig) -> bool:
+    """Whether answers to the evaluation rows are generated."""
+    return config.command == "train" and config.train.predict_with_generate
+
+
 def _samples_nothing(config: RunConfig) -> bool:
-    return config.command == "train" and not _samples(config)
+    return config.command == "train" and not _samples(config) and not _writes_answers(config)
+
+
+def _answers_no_rows(config: RunConfig) -> bool:
+    return config.command == "train" and not (config.data.eval_dataset or config.data.val_size)
 
 
 def _no_training(config: RunConfig) -> bool:
@@ -75,6 +84,7 @@ _TRAIN_KEYS = (
     *(key for key in TrainConfig.model_fields if key not in _SHARED_KEYS),
     *(key for key in DataConfig.model_fields if key not in _CHAT_KEYS),
 )
+_SCORE_KEYS = ("per_device_eval_batch_size", "dataset", "dataset_dir", "cutoff_len", "max_samples", "data_variables")
 _NEW_ADAPTER_KEYS = (
     "lora_rank",
     "lora_alpha",
@@ -99,11 +109,15 @@ _BEST_KEYS = ("metric_for_best_model", "greater_is_better")
 _RULES: tuple[_Rule, ...] = (
     (_is("train"), tuple(ExportConfig.model_fields), "only read by the command export"),
     (_is("train"), ("infer_dtype", "use_kv_cache"), "only read by the command chat"),
-    (_samples_nothing, tuple(GenerationConfig.model_fields), "only read by the command chat"),
+    (_samples_nothing, tuple(GenerationConfig.model_fields), "only read where answers are written"),
+    (_answers_no_rows, ("predict_with_generate",), "there are no rows to evaluate on"),
     (_samples, ("skip_special_tokens",), "rewards always see answers without special tokens"),
     (_is("chat"), tuple(ExportConfig.model_fields), "only read by the command export"),
     (_is("chat"), _TRAIN_KEYS, "only read by the command train"),
     (_is("export"), _TRAIN_KEYS, "only read by the command train"),
+    (_is("score"), tuple(key for key in _TRAIN_KEYS if key not in _SCORE_KEYS), "only read by the command train"),
+    (_is("score"), tuple(ExportConfig.model_fields), "only read by the command export"),
+    (_is("score"), tuple(GenerationConfig.model_fields), "only read where answers are written"),
     (lambda c: c.data.answers_trained == "last", ("rewritten_history",), "only the last answer is trained"),
     (_is("export"), tuple(GenerationConfig.model_fields), "only read by the command chat"),
     (_no_training, _STEP_KEYS, "do_train is off"),

@@ -1,4 +1,4 @@
-"""Options of text generation, for chat."""
+"""Options of text generation, for chat, predictions and rollouts."""
 
 from __future__ import annotations
 

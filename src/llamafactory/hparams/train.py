@@ -43,6 +43,14 @@ class TrainConfig(Section):
     do_eval: bool = option(
         False, "Evaluate without training; a run with evaluation data always ends with an evaluation.", group=_METHOD
     )
+    do_predict: bool = option(
+        False,
+        "Write generated_predictions.jsonl for the evaluation rows: answers (sft), scores (rm).",
+        group=_METHOD,
+    )
+    predict_with_generate: bool = option(
+        False, "Write answers in prediction and evaluation, and score them: ROUGE-1, 2, L and BLEU-4.", group=_METHOD
+    )
     seed: int = option(42, "Seed of everything that is random.", group=_METHOD, ge=0, lt=2**32)
     data_seed: int | None = option(None, "Seed of the order of rows; null takes seed.", group=_METHOD, ge=0, lt=2**32)
     full_determinism: bool = option(False, "Use only deterministic kernels (slower).", group=_METHOD)

@@ -27,9 +27,10 @@ from llamafactory.train.checkpoint.manifest import MANIFEST, find_fault
 from llamafactory.train.checkpoint.room import require_disk
 from llamafactory.train.checkpoint.saver import is_disk_fault
 from llamafactory.train.checkpoint.snapshot import TRAINING_FILES
-from llamafactory.train.loop import evaluate
+from llamafactory.train.evaluation import evaluate
 from llamafactory.train.output_dir import RUN_FILE, Claim, clear_replaced_run
 from llamafactory.train.plot import plot_curves
+from llamafactory.train.predictions_file import NAME
 from llamafactory.train.readings import read_run
 from llamafactory.train.report import RunResult, run_record, write_model_card, write_results
 from llamafactory.train.signals import EXIT_NOT_SAVED, StopSignal, exit_code_of
@@ -182,18 +183,21 @@ def write_outcome(cfg: RunConfig, job: Job, record: RunRecord, result: FitResult
             _write_final_weights(job, best)
             write_results(job.output_dir, "train", metrics)
     try:
-        evaluation = _last_evaluation(job, result, best)
+        predicted, evaluation = _predict(job, _last_evaluation(job, result, best))
     except StopSignal as stopped:
         if result is None:
             raise
         return _interrupted(job, record, replace(result, stop_signal=stopped.number))
-    metrics |= evaluation
+    metrics |= evaluation | predicted
     memory = memory_use.compare(plan) if result else None
     with _saving(job):
         if job.accelerator.is_main_process:
+            if predicted:
+                write_results(job.output_dir, "predict", predicted)
             _write_reports(cfg, job, record, result, metrics, evaluation, memory)
     job.accelerator.wait_for_everyone()
     done = f"done: {result.state.step} steps" if result else "done: evaluation"
+    done += " and predictions" if predicted else ""
     if result and result.stopped_early:
         done += f" of {job.total_steps}, stopped early: {result.stopped_early} evaluations in a row were no better"
     figures = ", ".join(f"{key} {value:.4f}" for key, value in metrics.items() if key.endswith("loss"))
@@ -240,7 +244,30 @@ def _last_evaluation(job: Job, result: FitResult | None, best: Path | None) -> d
     """What the weights that the run ends with reach; they are not evaluated twice."""
     if result is not None and best is not None:
         return dict(result.state.best["values"])
-    return (result.evaluation if result else None) or evaluate(job)
+    writes = job.predictions is not None and job.predictions.is_written  # scores come with the file
+    return (result.evaluation if result else None) or evaluate(job, generates=not writes)
+
+
+def _predict(job: Job, evaluation: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
+    """Writes the predictions of the final weights.
+
+    Returns:
+        What the prediction found, under names that begin with `predict_`: the evaluation's figures, which are of the
+        same rows and weights, and the scores of what was written; and the evaluation with those scores.
+    """
+    if job.predictions is None or not job.predictions.is_written:
+        return {}, evaluation
+    with _saving(job):
+        found = job.predictions.write(job.output_dir)
+    scores = {name: value for name, value in found.items() if name.startswith("eval")}
+    if scores:
+        figures = ", ".join(f"{name.partition('_')[2]} {value:.2f}" for name, value in scores.items())
+        log.info(f"predictions: {figures}")
+    evaluation = evaluation | scores
+    rates = ("_runtime", "_per_second")
+    same = {name: value for name, value in evaluation.items() if not name.endswith(rates)}
+    predicted = {f"predict{name.removeprefix('eval')}": value for name, value in same.items()}
+    return predicted | {name: value for name, value in found.items() if name.startswith("predict_")}, evaluation
 
 
 def _write_final_weights(job: Job, best: Path | None) -> None:
@@ -318,5 +345,7 @@ def stopped_before_training(output_dir: Path, stopped: StopSignal, resume_from: 
     """The end of a run that a signal stopped before there was anything new to save."""
     kept = f"{resume_from} stays as it is" if resume_from else "nothing to save"
     summary = f"{stopped} before the first step, {kept}; the same command starts again"
+    if (output_dir / NAME).is_file():
+        summary += f", and goes on with {NAME} behind its last whole line"
     log.info(summary)
     return RunResult(output_dir=output_dir, metrics={}, exit_code=stopped.exit_code, summary=summary)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from llamafactory.train.checkpoint.state import RunState
     from llamafactory.train.feed import Feed
     from llamafactory.train.model_files import ModelFiles
+    from llamafactory.train.predict import Predictions
     from llamafactory.train.rollout import Rollouts
     from llamafactory.train.stream_feed import StreamFeed
 
@@ -62,6 +63,7 @@ class Job:
         facts: what every checkpoint says of the run besides its id and step.
         first_step_is_over: called once, when this process has done its first step.
         progress: kept up to date by the loop.
+        predictions: of the evaluation rows, or None where there are none.
     """
 
     cfg: TrainConfig
@@ -80,6 +82,7 @@ class Job:
     is_async: bool = True
     facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
     first_step_is_over: Callable[[], None] = lambda: None
+    predictions: Predictions | None = None
     progress: Progress = field(default_factory=Progress)
 
     def doing(self) -> str:

@@ -16,6 +16,7 @@ from llamafactory.train.checkpoint.saver import Retention, SavePlan, Saver
 from llamafactory.train.checkpoint.snapshot import Snapshot
 from llamafactory.train.checkpoint.state import RunState
 from llamafactory.train.checkpoint.tensors import optimizer_state
+from llamafactory.train.evaluation import evaluate
 from llamafactory.train.guard import NotFiniteError, SpikeWatch, StepGuard, poison
 from llamafactory.train.job import FitResult, Job
 from llamafactory.train.log import RunLog
@@ -58,28 +59,6 @@ def fit(job: Job, stop: StopRequest) -> FitResult:
             run.save()
         run.saver.wait()
         return run.result()
-
-
-def evaluate(job: Job) -> dict[str, float]:
-    """Evaluates every evaluation set once.
-
-    Returns:
-        The compatible names: `eval_loss` per unit, the stage's metrics, run time in seconds, and rates.
-    """
-    values: dict[str, float] = {}
-    for prefix, feed in job.evaluation.items():
-        started = time.monotonic()
-        batches = feed.one_pass(job.accelerator.process_index)
-        averages, units = steps.evaluation_loss(job.accelerator, job.module, batches)
-        seconds = time.monotonic() - started
-        values |= {
-            **{f"{prefix}_{name}": value for name, value in averages.items()},
-            f"{prefix}_runtime": round(seconds, 4),
-            f"{prefix}_samples_per_second": round(len(feed.examples) / seconds, 3),
-            f"{prefix}_steps_per_second": round(feed.schedule.windows_per_epoch / seconds, 3),
-            f"{prefix}_supervised_tokens": float(units),
-        }
-    return values
 
 
 class _Run:

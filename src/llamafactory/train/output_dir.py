@@ -26,7 +26,7 @@ OWN_FILES = (
     "README.md", "trainer_log.jsonl", "trainer_state.json", "*_results.json", "training_*.png",
     "adapter_*.safetensors", "adapter_config.json", "model*.safetensors", "model.safetensors.index.json",
     "config.json", "generation_config.json", "tokenizer*.json", "special_tokens_map.json", "chat_template.jinja",
-    ".staging-*", *LINKS, RUN_FILE,
+    "generated_predictions.*", ".staging-*", *LINKS, RUN_FILE,
 )  # fmt: skip
 """What a run writes into its folder, as patterns; `run.json` goes last."""
 _MODEL_MARKS = ("adapter_config.json", "config.json", "adapter_model.safetensors", "model.safetensors")
@@ -35,7 +35,8 @@ _HARMLESS = frozenset(
      "save_strategy", "save_total_limit", "save_only_model", "eval_steps", "eval_strategy", "eval_on_start",
      "per_device_eval_batch_size", "plot_loss", "report_to", "run_name", "disable_tqdm", "ddp_timeout",
      "print_param_status", "include_num_input_tokens_seen", "include_effective_tokens_per_second", "hf_hub_token",
-     "offline", "cache_dir", "preprocessing_num_workers", "do_eval", "async_save", "verify_after_save", "save_grace",
+     "offline", "cache_dir", "preprocessing_num_workers", "do_eval", "do_predict",
+     "predict_with_generate", "async_save", "verify_after_save", "save_grace",
      "allow_change", "rerun_of", "on_nan", "load_best_model_at_end", "early_stopping_steps",
      "ignore_plan", "tokenized_path", "overwrite_cache", "output_dir"}
 )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -75,6 +75,8 @@ class Stage:
             example perplexity; names come without their prefix.
         rollout: `options -> RolloutRules` of a stage that trains on answers which the policy samples; None where the
             data holds the answers.
+        predicts: what `do_predict` writes of the evaluation rows: `answers` to their prompts, or `pair_scores`, the
+            value head's scores of chosen and rejected; None for nothing.
     """
 
     name: str
@@ -86,6 +88,7 @@ class Stage:
     has_value_head: bool = False
     summarise: Callable[[Mapping[str, float]], Mapping[str, float]] | None = None
     rollout: Callable[[Any], RolloutRules] | None = None
+    predicts: Literal["answers", "pair_scores"] | None = None
 
 
 def load_stage(name: str) -> Stage:

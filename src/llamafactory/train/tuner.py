@@ -56,6 +56,7 @@ def _run(cfg: RunConfig, claim: Claim, stop: StopRequest) -> RunResult:
     from llamafactory.train import build, finish, memory_use, planning, text
     from llamafactory.train.interruption import interruptible
     from llamafactory.train.loop import fit
+    from llamafactory.train.predict_parts import prompts_of, with_predictions
     from llamafactory.train.rehearsal import needs_rehearsal, rehearse
     from llamafactory.train.report import package_versions
     from llamafactory.train.rerun import say_what_differs
@@ -77,6 +78,7 @@ def _run(cfg: RunConfig, claim: Claim, stop: StopRequest) -> RunResult:
         output_dir=claim.output_dir if log.is_main_process() else None,
         cache_dir=Path(cfg.model.cache_dir) if cfg.model.cache_dir else None,
     )
+    prompts = prompts_of(cfg, template, tokenizer, data)
     stop.check()
     if cfg.train.rerun_of:
         may_differ = "data" in cfg.train.allow_change
@@ -112,6 +114,9 @@ def _run(cfg: RunConfig, claim: Claim, stop: StopRequest) -> RunResult:
             facts=record.facts(),
             template=template,
             first_step_is_over=partial(record.note_start_up, start),
+        )
+        job = with_predictions(
+            job, cfg, claim, policy=policy, template=template, tokenizer=tokenizer, prompts=prompts, stop=stop
         )
         if dog is not None:
             dog.doing = job.doing

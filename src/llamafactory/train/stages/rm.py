@@ -46,4 +46,4 @@ def ranking_losses(chosen: Tensor, rejected: Tensor, margins: Tensor | float = 0
     return -F.logsigmoid(chosen - rejected - margins)
 
 
-STAGE = Stage(name="rm", view="pairs", loss=loss, has_value_head=True)
+STAGE = Stage(name="rm", view="pairs", loss=loss, has_value_head=True, predicts="pair_scores")

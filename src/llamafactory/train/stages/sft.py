@@ -126,4 +126,10 @@ def _accuracy(models: Models, batch: Batch) -> Mapping[str, Tensor]:
     return {"accuracy": averaged(right, torch.ones_like(right))}
 
 
-STAGE = Stage(name="sft", view="sft", loss=loss, needs_reference=lambda options: options.use_asft_loss)
+STAGE = Stage(
+    name="sft",
+    view="sft",
+    loss=loss,
+    needs_reference=lambda options: options.use_asft_loss,
+    predicts="answers",
+)
