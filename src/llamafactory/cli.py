@@ -17,6 +17,7 @@ PROGRAM = "llamafactory-cli"
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "train": ("llamafactory.commands.train", "main", "fine-tune a model"),
     "chat": ("llamafactory.commands.chat", "main", "talk to a model in the terminal"),
+    "score": ("llamafactory.commands.score", "main", "score answers with a reward model, one JSON line a row"),
     "export": ("llamafactory.commands.export", "main", "merge an adapter into its model, and prove the result"),
     "check": ("llamafactory.commands.check", "main", "show what a configuration means, and everything wrong with it"),
     "plan": ("llamafactory.commands.plan", "main", "forecast memory, disk and time of a run, from config.json alone"),

@@ -11,7 +11,7 @@ from llamafactory.compose import resolve_config
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted((ROOT / "examples").rglob("*.yaml"))
-COMMANDS = {"inference": "chat", "merge_lora": "export", "plan": "plan"}
+COMMANDS = {"inference": "chat", "merge_lora": "export", "plan": "plan", "score": "score"}
 
 
 def name_of(path: Path) -> str:

@@ -13,8 +13,9 @@ from llamafactory.hparams.section import Section, allowed_text, default_of, grou
 _WIDTH = 110
 _SECTIONS_OF = {
     "chat": ("model", "data", "generation", "finetuning_type: "),
+    "score": ("model", "data", "finetuning_type: "),
     "export": ("model", "data", "export", "finetuning_type: "),
-    "train": ("model", "data", "train", "stage: ", "finetuning_type: "),
+    "train": ("model", "data", "train", "generation", "stage: ", "finetuning_type: "),
     "plan": ("model", "data", "train", "stage: ", "finetuning_type: "),
 }
 PLAN_WORDS = (
@@ -33,6 +34,10 @@ _OWN_WORDS = {
         ("--schema", "print the JSON Schema of all options, for an editor"),
     ),
     "plan": PLAN_WORDS,
+    "score": (
+        ("--output FILE", "write the lines there, and not to standard output"),
+        ("--json", "print what the scores are in sum as one JSON object; wants --output"),
+    ),
 }
 
 

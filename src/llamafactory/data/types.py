@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
 TrainOn: TypeAlias = Literal["all", "last", "tool_calls"]
 RewrittenHistory: TypeAlias = Literal["split", "last"]
-ViewName: TypeAlias = Literal["sft", "pairs", "feedback", "text", "prompts"]
+ViewName: TypeAlias = Literal["sft", "pairs", "feedback", "text", "prompts", "answers"]
 """How a stage reads rows, see `views`."""
 MediaKind: TypeAlias = Literal["image", "video", "audio"]
 IGNORE_INDEX = -100

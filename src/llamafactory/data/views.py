@@ -168,6 +168,11 @@ def _cut_judged(sequences: Sequence[Sequence[EncodedTurn]], reading: Reading) ->
     return [Cut([turn], kept_lengths([turn], reading.cutoff_len)) for turn in joined]
 
 
+def _render_answer(record: Record, reading: Reading, counts: dict[str, int]) -> Sequence[Sequence[Turn]]:
+    conversation = record.conversation if isinstance(record, Feedback) else _of(record, Conversation)
+    return _render_last(conversation, reading)
+
+
 def _is_liked(record: Record) -> int:
     return int(_of(record, Feedback).is_desirable)
 
@@ -239,6 +244,7 @@ _VIEWS: dict[ViewName, View] = {
         View(name="sft", kinds=("conversations",), render=_render_dialogue, cut=_cut_dialogue, is_whole=False),
         View(name="pairs", kinds=("pairs",), render=_render_pair, cut=_cut_pair),
         View(name="feedback", kinds=("feedback",), render=_render_judged, cut=_cut_judged, flag=_is_liked),
+        View(name="answers", kinds=("conversations", "feedback"), render=_render_answer, cut=_cut_judged),
         View(name="text", kinds=("text",), render=_render_text, cut=_cut_text, is_whole=False),
         View(
             name="prompts",
