@@ -93,7 +93,7 @@ def trl_outputs(tokens: torch.Tensor) -> SimpleNamespace:
 
 
 def trl_dpo(case: Case, loss: str, options: dpo.Options) -> torch.Tensor:
-    from trl import DPOTrainer
+    from trl.trainer.dpo_trainer import DPOTrainer
 
     alpha = options.ld_alpha
     weights = preference.shorten_tails(
@@ -240,7 +240,7 @@ def test_kto(weights, kl):
         return preference.kto_losses(ratios, liked, beta=0.3, kl=point, weights=weights).mean()
 
     def of_trl(case):
-        from trl import KTOTrainer
+        from trl.trainer.kto_trainer import KTOTrainer
 
         trainer = Trainer(loss_type="kto", beta=0.3, desirable_weight=weights[0], undesirable_weight=weights[1],
                           _compute_kl_logps=lambda model, batch: torch.full((10,), kl))  # fmt: skip
@@ -272,7 +272,7 @@ def test_rm(margin):
         return rm.ranking_losses(scores[::2], scores[1::2], margin).mean()
 
     def of_trl(case):
-        from trl import RewardTrainer
+        from trl.trainer.reward_trainer import RewardTrainer
 
         trainer = Trainer(args=SimpleNamespace(center_rewards_coefficient=None))
         scores = case.sums(case.policy)
@@ -313,7 +313,7 @@ def logps_of(logits: torch.Tensor) -> torch.Tensor:
 
 
 def trl_dft(logits: torch.Tensor) -> torch.Tensor:
-    from trl import SFTTrainer
+    from trl.trainer.sft_trainer import SFTTrainer
 
     logps = torch.cat([torch.zeros(2), logps_of(logits)])[None]  # two tokens of a prompt
     is_target = torch.tensor([[False, False, *[True] * len(TARGETS)]])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from rouge_chinese import Rouge
@@ -45,7 +47,7 @@ def test_scores_are_those_of_the_libraries(pair):
     google = RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=_Spaces()).score(spaced[1], spaced[0])
     for name, theirs in (("rouge-1", "rouge1"), ("rouge-2", "rouge2"), ("rouge-l", "rougeL")):
         assert found[name] == pytest.approx(100 * google[theirs].fmeasure, abs=1e-9)
-    other = Rouge().get_scores(spaced[0], spaced[1])[0]  # counts a repeated word once; these texts repeat none
+    other: Any = Rouge().get_scores(spaced[0], spaced[1])[0]  # counts a repeated word once; these texts repeat none
     for name in ("rouge-1", "rouge-2", "rouge-l"):
         assert found[name] == pytest.approx(100 * other[name]["f"], abs=1e-5), name
     bleu = sentence_bleu([list(wanted)], list(predicted), smoothing_function=SmoothingFunction().method3)
