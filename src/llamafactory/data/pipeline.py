@@ -20,6 +20,7 @@ from llamafactory.data.mix import Mix, mix_rows
 from llamafactory.data.order import split_order
 from llamafactory.data.records import RecordReader
 from llamafactory.data.registry import find_specs
+from llamafactory.data.source_rows import SourceRows
 from llamafactory.data.stream import ExampleStream
 from llamafactory.data.table import Examples, ExampleTable, join_tables
 from llamafactory.data.token_cache import TokenCache, TokenCaches
@@ -35,7 +36,7 @@ class PreparedData:
 
     `evaluation` has the key `eval`, or the names of the data sets with `eval_on_each_dataset`. `mix` says how the rows
     of several data sets make up an epoch; None: each row comes once. With a `stream`, `train` holds only the first
-    rows.
+    rows. `source_rows` finds the row of an example, where rows were read.
     """
 
     train: Examples
@@ -43,6 +44,7 @@ class PreparedData:
     report: DataReport
     mix: Mix | None = None
     stream: ExampleStream | None = None
+    source_rows: SourceRows | None = None
 
 
 def prepare_data(
@@ -113,7 +115,8 @@ def prepare_data(
         num_evaluation={name: len(examples) for name, examples in evaluation.items()},
         mix=tuple(mix_report),
     )
-    return PreparedData(train=train, evaluation=evaluation, report=report, mix=mix)
+    source_rows = SourceRows([(reader, sets[use][place]) for use, place, reader, _ in made])
+    return PreparedData(train=train, evaluation=evaluation, report=report, mix=mix, source_rows=source_rows)
 
 
 def _mix_of(data: DataConfig, sets: Sequence[Tokenised], training: ExampleTable, seed: int) -> Mix | None:

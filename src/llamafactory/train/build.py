@@ -167,7 +167,10 @@ def assemble_job(
     stage = load_stage(train.stage)
     reference = load_reference(cfg, plan, language_model(policy), device=accelerator.device)
     models = Models(policy=policy, plan=plan, reference=reference)
-    parts = parts_of(cfg, stage, models, template=template, tokenizer=tokenizer, accelerator=accelerator)
+    parts = parts_of(
+        cfg, stage, models, template=template, tokenizer=tokenizer, accelerator=accelerator,
+        source_rows=data.source_rows,
+    )  # fmt: skip
     models = models if parts is None else parts.models
     alpha = train.neftune_noise_alpha if train.do_train else None
     noise = None if alpha is None else EmbeddingNoise(language_model(policy), alpha)

@@ -50,6 +50,7 @@ class Table:
         rows_at_once: answers that are generated together.
         measure: `batch -> {old, reference, values}` of each token without gradient, for those that are asked for.
         policy: gives the language model that samples.
+        row_of: `(examples, place) -> row` as its file has it, where a source of rewards asks for rows.
     """
 
     rules: RolloutRules
@@ -62,6 +63,7 @@ class Table:
     rows_at_once: int
     measure: Callable[[ExperienceBatch, bool], Mapping[str, Tensor]]
     policy: Callable[[], torch.nn.Module]
+    row_of: Callable[[Examples, int], Mapping[str, object]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +186,7 @@ class Dealer:
         found: list[list[Answer]] = []
         for row, prompt, examples, made in zip(rows, prompts, groups, completions, strict=True):
             known = self._text(examples[1].input_ids.tolist()) if len(examples) > 1 else None
+            columns = {} if table.row_of is None else table.row_of(self._prompts, row)
             text = str(table.tokenizer.decode(prompt, skip_special_tokens=False))
             found.append(
                 [
@@ -195,6 +198,7 @@ class Dealer:
                         completion_ids=one.ids,
                         is_stopped=one.is_stopped,
                         row=row,
+                        columns=columns,
                     )
                     for one in made
                 ]  # fmt: skip

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from llamafactory.data.mix import Mix
+    from llamafactory.data.source_rows import SourceRows
     from llamafactory.data.table import Examples
     from llamafactory.data.types import Template
     from llamafactory.hparams.generation import GenerationConfig
@@ -55,6 +56,7 @@ class RolloutParts:
         tokenizer: of the model.
         seed: of the run.
         accelerator: of the run.
+        source_rows: the rows that prompts are from, or None where they were not read.
     """
 
     rules: RolloutRules
@@ -65,14 +67,22 @@ class RolloutParts:
     tokenizer: PreTrainedTokenizerFast
     seed: int
     accelerator: Accelerator
+    source_rows: SourceRows | None = None
 
     def rollouts(self, prompts: Examples, schedule: Schedule) -> Rollouts:
-        """Rollouts over prompts."""
+        """Rollouts over prompts.
+
+        Raises:
+            ConfigError: a reward function asks for a column that the first row does not have.
+        """
+        row_of = self.source_rows.row if self.source_rows is not None and self.team.wants_rows else None
+        if len(prompts):
+            self.team.require_columns({} if row_of is None else row_of(prompts, schedule.items[0][0]))
         table = Table(
             rules=self.rules, sampling=self.sampling, team=self.team, tokenizer=self.tokenizer, seed=self.seed,
             plan=self.models.plan, pad_id=cast("int", self.tokenizer.pad_token_id),
             rows_at_once=cast("Any", self.options).rollout_batch_size, measure=self._measure,
-            policy=lambda: language_model(self.models.policy),
+            policy=lambda: language_model(self.models.policy), row_of=row_of,
         )  # fmt: skip
         return Rollouts(prompts, schedule, table, self.accelerator)
 
@@ -124,6 +134,7 @@ def parts_of(
     template: Template,
     tokenizer: PreTrainedTokenizerFast,
     accelerator: Accelerator,
+    source_rows: SourceRows | None = None,
 ) -> RolloutParts | None:
     """Rewards and sampling of a stage that trains on answers which the policy samples; None for any other."""
     if stage.rollout is None:
@@ -145,6 +156,7 @@ def parts_of(
         tokenizer=tokenizer,
         seed=cfg.train.seed,
         accelerator=accelerator,
+        source_rows=source_rows,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,12 @@ import pytest
 
 from llamafactory.extras.errors import ConfigError
 from llamafactory.train.rewards.answer import Answer
-from llamafactory.train.rewards.functions import RewardUnavailableError, load_function, scores_of
+from llamafactory.train.rewards.functions import (
+    RewardUnavailableError,
+    load_function,
+    require_columns,
+    scores_of,
+)
 
 
 def make_answer(completion: str, *, answer: str | None = None, tokens: int = 5, row: int = 0) -> Answer:
@@ -93,9 +99,26 @@ def test_python_functions_get_what_they_ask_for(write: Callable[[str], str]) -> 
     assert scores_of(reward, [make_answer("ab", tokens=7)], policy="stop") == [7.0]
 
 
-def test_unknown_parameters_and_broken_files_are_config_errors(write: Callable[[str], str]) -> None:
-    with pytest.raises(ConfigError, match="asks for labels"):
-        load_function(write("def score(completions, labels):\n    return []"))
+def test_a_function_gets_the_columns_of_its_rows(write: Callable[[str], str]) -> None:
+    answers = [replace(make_answer("ab"), columns={"level": 3, "answers": "x"}), replace(make_answer("c"), columns={})]
+    reward = load_function(
+        write("def score(completions, level, weight=2):\n    return [weight * (x or 0) for x in level]")
+    )
+    assert reward.columns == {"level"}
+    assert reward.wants_rows
+    assert scores_of(reward, answers, policy="stop") == [6.0, 0.0]
+    require_columns(reward, {"level": 1})
+    with pytest.raises(ConfigError, match=r"asks for level, which rows do not have[\s\S]*did you mean 'levels'"):
+        require_columns(reward, {"levels": 1})
+    reward = load_function(write("def score(rows):\n    return [row.get('level', 1) for row in rows]"))
+    assert scores_of(reward, answers, policy="stop") == [3.0, 1.0]
+    everything = "def score(completions, **more):\n    return [more['answers'].count(None), more['level'][0]]"
+    assert scores_of(load_function(write(everything)), answers, policy="stop") == [2.0, 3.0]
+    assert not load_function("json").wants_rows
+    assert not load_function(write("def score(prompts):\n    return []")).wants_rows
+
+
+def test_broken_files_are_config_errors(write: Callable[[str], str]) -> None:
     with pytest.raises(ConfigError, match="NameError"):
         load_function(write("undefined\n"))
     with pytest.raises(ConfigError, match="has no function score"):

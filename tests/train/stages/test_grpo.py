@@ -127,6 +127,17 @@ def test_faults_may_count_as_zero_and_are_reported(run: Callable[..., Any], tmp_
     assert rows[-1]["reward"] == 1.0
 
 
+def test_a_reward_sees_the_columns_of_the_rows(run: Callable[..., Any], tmp_path: Path) -> None:
+    code = "def known(prompts, instruction):\n    return [float(a in p) for a, p in zip(instruction, prompts)]\n"
+    (tmp_path / "more.py").write_text(code, encoding="utf-8")
+    rows = run(reward_functions=[f"{tmp_path}/more.py:known"], max_steps=1, val_size=4, do_eval=True)
+    assert rows[0]["reward"] == 1.0
+    assert json.loads((tmp_path / "out" / "eval_results.json").read_text())["eval_reward"] == 1.0
+    (tmp_path / "more.py").write_text("def known(instructions):\n    return []\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="did you mean 'instruction'"):
+        run("again", reward_functions=[f"{tmp_path}/more.py:known"])
+
+
 def test_gold_is_logged_and_never_a_reward(run: Callable[..., Any], tmp_path: Path) -> None:
     rows = run(reward_functions=["length:9"], gold_function=f"{tmp_path}/rewards.py:even", val_size=4, do_eval=True)
     assert rows[0]["reward"] == 1.0

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,6 +19,7 @@ class Answer:
         completion_ids: the sampled token ids, never encoded again.
         is_stopped: the model ended the answer; else it was cut at `max_new_tokens`.
         row: number of the prompt in the prepared data, from 0.
+        columns: the row as its file has it, where a source of rewards asks for it.
     """
 
     prompt: str
@@ -28,6 +29,7 @@ class Answer:
     completion_ids: Sequence[int]
     is_stopped: bool
     row: int
+    columns: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @property
     def label(self) -> str:
@@ -47,8 +49,12 @@ class Reward:
         name: as the curves are called.
         score: see `Score`.
         weight: that its numbers are multiplied by.
+        columns: of the row that it cannot do without.
+        wants_rows: whether it is given rows at all.
     """
 
     name: str
     score: Score
     weight: float = 1.0
+    columns: frozenset[str] = frozenset()
+    wants_rows: bool = False

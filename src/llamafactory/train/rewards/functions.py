@@ -1,7 +1,8 @@
 """Reward functions by name: built-in checks, and Python functions that the user wrote.
 
 A Python function gets lists, as keyword arguments, of what it asks for by name: `completions`, `prompts`, `answers`,
-`completion_ids`, `prompt_ids`, `stopped`. It returns one number for each completion. Its file is the user's own code
+`completion_ids`, `prompt_ids`, `stopped`, `rows` (each row as its file has it), and any column of the rows; with
+`**more` it gets all of them. It returns one number for each completion. Its file is the user's own code
 and runs with the user's rights; nothing is ever fetched.
 """
 
@@ -12,7 +13,7 @@ import importlib.util
 import inspect
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ _ARGUMENTS: dict[str, Callable[[Answer], Any]] = {
     "completion_ids": lambda answer: list(answer.completion_ids),
     "prompt_ids": lambda answer: list(answer.prompt_ids),
     "stopped": lambda answer: answer.is_stopped,
+    "rows": lambda answer: dict(answer.columns),
 }
 
 
@@ -61,7 +63,8 @@ def load_function(spec: str, *, weight: float = 1.0, key: str = "reward_function
     function = getattr(_module(place, spec, key), name, None)
     if not callable(function):
         raise ConfigError(Problem(key=key, given=spec, message=f"{place} has no function {name}"))
-    return Reward(name=name, score=_with_lists(function, spec, key), weight=weight)
+    score, columns, wants_rows = _with_lists(function)
+    return Reward(name=name, score=score, weight=weight, columns=columns, wants_rows=wants_rows)
 
 
 def _module(place: str, spec: str, key: str) -> Any:
@@ -84,21 +87,36 @@ def _module(place: str, spec: str, key: str) -> Any:
         raise ConfigError(Problem(key=key, given=spec, message=message)) from error
 
 
-def _with_lists(function: Callable[..., Any], spec: str, key: str) -> Score:
+def require_columns(reward: Reward, row: Mapping[str, Any], key: str = "reward_functions") -> None:
+    """Stops before anything is sampled where a function asks for a column that rows do not have.
+
+    Raises:
+        ConfigError: it does.
+    """
+    unknown = sorted(reward.columns - set(row))
+    if not unknown:
+        return
+    hint = next((found for name in unknown if (found := did_you_mean(name, [*_ARGUMENTS, *row]))), None)
+    raise ConfigError(
+        Problem(
+            key=key,
+            given=reward.name,
+            message=f"the function asks for {', '.join(unknown)}, which rows do not have",
+            allowed=f"parameters named {', '.join(_ARGUMENTS)}, or a column: {', '.join(row)}",
+            fix=hint,
+        )
+    )
+
+
+def _with_lists(function: Callable[..., Any]) -> tuple[Score, frozenset[str], bool]:
+    """A score that hands lists on; the columns that the function needs; and whether it sees rows at all."""
     parameters = inspect.signature(function).parameters.values()
     takes_all = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters)
-    asked = {one.name for one in parameters if one.kind is not inspect.Parameter.VAR_KEYWORD}
-    needed = {one.name for one in parameters if one.default is inspect.Parameter.empty}
-    unknown = sorted((asked & needed) - set(_ARGUMENTS))
-    if unknown:
-        raise ConfigError(
-            Problem(
-                key=key,
-                given=spec,
-                message=f"the function asks for {', '.join(unknown)}",
-                allowed=f"parameters named {', '.join(_ARGUMENTS)}",
-            )
-        )
+    plain = [
+        one for one in parameters if one.kind not in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    ]
+    asked = {one.name for one in plain}
+    columns = frozenset(one.name for one in plain if one.default is inspect.Parameter.empty) - set(_ARGUMENTS)
 
     def score(answers: Sequence[Answer]) -> Sequence[float]:
         lists = {
@@ -106,9 +124,12 @@ def _with_lists(function: Callable[..., Any], spec: str, key: str) -> Score:
             for name, read in _ARGUMENTS.items()
             if takes_all or name in asked
         }
+        for name in sorted({name for answer in answers for name in answer.columns} - set(_ARGUMENTS)):
+            if takes_all or name in asked:
+                lists[name] = [answer.columns.get(name) for answer in answers]
         return function(**lists)
 
-    return score
+    return score, columns, takes_all or "rows" in asked or bool(asked - set(_ARGUMENTS))
 
 
 def _one_by_one(check: Callable[[Answer], float]) -> Score:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llamafactory.extras.errors import ConfigError, Problem
 from llamafactory.train.rewards.answer import Answer, Reward
-from llamafactory.train.rewards.functions import load_function, scores_of
+from llamafactory.train.rewards.functions import load_function, require_columns, scores_of
 from llamafactory.train.rewards.options import RewardOptions
 from llamafactory.train.rewards.service import service_score
 
@@ -49,6 +50,22 @@ class Team:
         """Names of the curves, in the order of `Scores.columns`."""
         names = [f"rewards/{reward.name}" for reward in self.rewards]
         return [*names, f"gold/{self.gold.name}"] if self.gold else names
+
+    @property
+    def wants_rows(self) -> bool:
+        """Whether a source looks at the rows that prompts are from."""
+        return any(one.wants_rows for one in (*self.rewards, self.gold) if one)
+
+    def require_columns(self, row: Mapping[str, Any]) -> None:
+        """Stops where a source asks for a column that this row does not have.
+
+        Raises:
+            ConfigError: it does.
+        """
+        for reward in self.rewards:
+            require_columns(reward, row)
+        if self.gold is not None:
+            require_columns(self.gold, row, "gold_function")
 
     def score(self, answers: Sequence[Answer]) -> Scores:
         """Asks every source.
@@ -102,7 +119,7 @@ def build_team(options: RewardOptions, model_reward: Reward | None = None) -> Te
         )
     names = [reward.name for reward in rewards]
     named = [
-        Reward(name=name if names.count(name) == 1 else f"{name}_{place}", score=reward.score, weight=weight)
+        replace(reward, name=name if names.count(name) == 1 else f"{name}_{place}", weight=weight)
         for place, (name, reward, weight) in enumerate(zip(names, rewards, weights, strict=True), start=1)
     ]
     gold = load_function(options.gold_function, key="gold_function") if options.gold_function else None
