@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from llamafactory.train.readings import fact_of, read_run
@@ -111,3 +114,20 @@ def test_facts_of_a_curve():
     assert fact_of("lo*", "high", history) == 4.0
     assert fact_of("other", "last", history) is None
     assert fact_of("other/*", "last", history) is None
+
+
+RECORDED = {
+    "ppo": [  # SmolLM2 learns in 21 steps to begin every answer with Yes (tests/e2e/test_rl_learning.py)
+        "The entropy fell from 2.32 to 0.10 nats a token",
+    ],
+    "dpo": [],
+}
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_what_is_said_of_recorded_runs(name):
+    lines = (Path(__file__).parent / "curves" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    said = read_run([json.loads(line) for line in lines])
+    assert len(said) == len(RECORDED[name])
+    for sentence, words in zip(said, RECORDED[name], strict=True):
+        assert words in sentence

@@ -199,6 +199,11 @@ class Rollouts:
                     f"rollout {number}: all answers to each prompt earn the same, so that there is nothing to learn "
                     "from it (raise temperature or num_generations, or make the reward less strict)"
                 )
+        elif np.ptp(drawn.played.rewards) <= 1e-8:
+            log.warn(
+                f"rollout {number}: all answers earn the same ({drawn.played.rewards.flat[0]:g}), so that none is "
+                "better than another (raise temperature or the batch size, or make the reward less strict)"
+            )
         if self.journal is not None:
             self.journal.write(number * self.schedule.num_updates, drawn.scored, judged.experiences)
         return _rollout(judged.experiences, drawn, shares, judged.weights, {**metrics, **judged.metrics})

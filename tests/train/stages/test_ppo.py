@@ -65,6 +65,11 @@ def test_a_verifiable_reward_rises(run: Callable[..., Any]) -> None:
     assert rewards[-1] > 0.85
 
 
+def test_rewards_that_are_all_equal_are_said(run: Callable[..., Any], capfd: pytest.CaptureFixture[str]) -> None:
+    run(reward_functions=["length:9"], max_steps=1)
+    assert "rollout 0: all answers earn the same (1)" in capfd.readouterr().err
+
+
 def test_a_resumed_run_is_the_same_run(run: Callable[..., Any], tmp_path: Path) -> None:
     options = {"save_strategy": "steps", "save_steps": 3, "ppo_score_norm": True}  # within the first rollout
     whole = run(**options)
