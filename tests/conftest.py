@@ -26,6 +26,7 @@ settings.load_profile("project")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Options of single tests."""
+    parser.addoption("--stops", type=int, default=2, help="signals of the long fault test in each phase")
     parser.addoption("--kills", type=int, default=100, help="kills of the long fault test, over all its cells")
 
 

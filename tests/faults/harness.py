@@ -87,6 +87,11 @@ class Run:
     log: Path
     log_start: int
     code: int | None = None
+    faults: tuple[str, ...] = ()
+
+    def reach_fault(self) -> None:
+        """Waits until the run is in its (first) fault, which therefore should be a sleep."""
+        self.wait_for(f"failpoint {self.faults[0]}\n")
 
     def poll(self, seconds: float = 0.0) -> int | None:
         """The exit code, or None while it runs."""
@@ -100,6 +105,8 @@ class Run:
         if code is None:
             self.kill()
             raise AssertionError(f"the run hangs: nothing for {seconds} s\n{self.text[-3000:]}")
+        silent = [fault for fault in self.faults if f"failpoint {fault}\n" not in self.text]
+        assert not silent, f"the run never came to {silent}\n{self.text[-3000:]}"
         return code
 
     def kill(self) -> bool:
@@ -175,6 +182,7 @@ class Tally:
 
     runs: int = 0
     kills: int = 0
+    stops: int = 0
     bit_equal: int = 0
     rows_lost: int = 0
     cells: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -189,17 +197,24 @@ class Tally:
         for key, value in {"runs": 1, "kills": kills, "bit_equal": int(equal), "rows_lost": lost}.items():
             cell[key] += value
 
+    def add_stop(self) -> None:
+        """Counts one run that a signal stopped, and that went on to the same end."""
+        self.runs += 1
+        self.stops += 1
+        self.bit_equal += 1
+
     def write(self, path: Path) -> None:
         """Writes the counts as JSON."""
-        document = {"runs": self.runs, "kills_survived": self.kills, "bit_equal": self.bit_equal,
-                    "rows_lost": self.rows_lost, "cells": self.cells}  # fmt: skip
+        document = {"runs": self.runs, "kills_survived": self.kills, "signals_obeyed": self.stops,
+                    "bit_equal": self.bit_equal, "rows_lost": self.rows_lost, "cells": self.cells}  # fmt: skip
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(document, indent=1) + "\n")
 
     def __str__(self) -> str:
         """One line."""
         return (
-            f"{self.kills} kills survived, {self.rows_lost} rows lost, {self.bit_equal} of {self.runs} runs bit-equal"
+            f"{self.kills} kills survived, {self.stops} signals obeyed, {self.rows_lost} rows lost, "
+            f"{self.bit_equal} of {self.runs} runs bit-equal"
         )
 
 
@@ -212,15 +227,17 @@ class Place:
     words: tuple[str, ...]
 
     def begin(self, name: str, *more: str, fault: str | None = None, **world: Any) -> Run:
-        """Starts a run whose output folder is `name`; `fault` is a failpoint."""
+        """Starts a run whose output folder is `name`; `fault` is a failpoint, or several, all of which must come."""
         output = self.folder / name
-        return self.zygote.start(
+        run = self.zygote.start(
             ["train", *self.words, f"output_dir={output}", *more],
             self.folder / f"{name}.log",
             env={"LLAMAFACTORY_FAILPOINT": fault} if fault else {},
             trace=self.folder / f"{name}.trace",
             **world,
         )
+        run.faults = tuple(fault.split(",")) if fault else ()
+        return run
 
     def finish(self, name: str, *more: str) -> Outcome:
         """Runs to the end, which must be a good one."""

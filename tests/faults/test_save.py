@@ -154,7 +154,7 @@ def test_a_real_disk_that_fills_up(place):
 
 def test_a_folder_that_is_removed_while_it_is_used(place, reference):
     run = place.begin("gone", fault="step:3:sleep=1")
-    run.wait_for("step 2/")
+    run.reach_fault()
     shutil.rmtree(place.folder / "gone")
     assert run.wait() == 0, run.text[-3000:]
     assert place.outcome("gone").weights == reference.weights

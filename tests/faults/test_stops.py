@@ -10,7 +10,7 @@ import time
 
 import pytest
 from tests.faults.cells import CELLS
-from tests.faults.harness import Outcome, Place
+from tests.faults.harness import Outcome, Place, Tally
 
 from llamafactory.train.checkpoint.folders import list_checkpoints
 from llamafactory.train.checkpoint.manifest import find_fault
@@ -18,12 +18,15 @@ from llamafactory.train.checkpoint.manifest import find_fault
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 143}
 EVALUATED = CELLS["sft lora evaluated, best kept"] | {"save_total_limit": "9"}
 PHASES = {
-    "tokenising": "data:1:sleep=4",
-    "first step": "step:1:sleep=4",
-    "later step": "step:5:sleep=1",
-    "evaluation": "eval:2:sleep=1",
-    "save": "save.file:16:sleep=1",
+    "tokenising": "data:1",
+    "loading": "load:1",
+    "first step": "step:1",
+    "micro-batch": "micro:6",
+    "later step": "step:5",
+    "evaluation": "eval:2",
+    "save": "save.file:16",
 }
+"""Where a run sleeps until the signal comes."""
 
 
 @pytest.fixture
@@ -36,9 +39,11 @@ def reference(place: Place) -> Outcome:
     return place.finish("reference")
 
 
-def stop_and_continue(place: Place, reference: Outcome, name: str, number: signal.Signals, run) -> None:
-    run.send(number)
-    code = run.wait(30)
+def stop_and_continue(place: Place, reference: Outcome, tally: Tally, name: str, number: signal.Signals, run) -> bool:
+    """Stops a run, and continues it where the signal came before its end; whether it did."""
+    if run.poll() is None:
+        run.send(number)
+    code = run.wait()
     folder = place.folder / name
     if code != 0:  # the signal came before the end
         assert code == CODES[number], run.text[-3000:]
@@ -46,60 +51,88 @@ def stop_and_continue(place: Place, reference: Outcome, name: str, number: signa
         assert all(find_fault(path) is None for path in list_checkpoints(folder))
         if "saved in" in run.last_line:
             assert json.loads((folder / "run.json").read_text())["state"] == "interrupted"
-        code = place.begin(name).wait()
-    assert code == 0
+        assert place.begin(name).wait() == 0
+        tally.add_stop()
     assert place.outcome(name) == reference
+    return code != 0
+
+
+def signal_in(place: Place, reference: Outcome, tally: Tally, phase: str, name: str, delay: float) -> bool:
+    """Stops a run in a phase, `delay` seconds after it came there, and continues it."""
+    more = ["overwrite_cache=true"] if phase == "tokenising" else []  # the reference run made the tokens
+    if phase == "loading":
+        assert place.begin(name, "async_save=false", fault="step:4:kill").wait() == -signal.SIGKILL
+    run = place.begin(name, *more, fault=f"{PHASES[phase]}:sleep=1")
+    run.reach_fault()
+    run.poll(delay)
+    return stop_and_continue(place, reference, tally, name, random.Random(name).choice(sorted(CODES)), run)
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_a_signal_in_each_phase(place, reference, phase):
-    number = random.Random(phase).choice(sorted(CODES))
-    cold = ["overwrite_cache=true"] if phase == "tokenising" else []  # the reference run made the tokens
-    run = place.begin(phase, *cold, fault=PHASES[phase])
-    assert run.poll(0.6 if phase in ("tokenising", "first step") else 0.9) is None, "the run never came to the place"
-    stop_and_continue(place, reference, phase, signal.Signals(number), run)
+def test_a_signal_in_each_phase(place, reference, tally, phase):
+    assert signal_in(place, reference, tally, phase, phase, 0.1), "the run ended before it heard the signal"
 
 
-def at_random(place: Place, reference: Outcome, count: int, seed: int) -> None:
+@pytest.mark.long
+@pytest.mark.parametrize("phase", PHASES)
+def test_signals_in_each_phase(place, reference, tally, phase, request):
+    rng = random.Random(f"{phase} again")
+    for number in range(request.config.getoption("--stops")):
+        signal_in(place, reference, tally, phase, f"{phase} {number}", rng.uniform(0.0, 1.3))
+
+
+@pytest.mark.long
+def test_a_signal_while_answers_are_sampled(make_place, tally):
+    place = make_place(**CELLS["grpo lora"])
+    reference = place.finish("reference")
+    for nth in (3, 40):
+        run = place.begin(f"sampling {nth}", fault=f"sample:{nth}:sleep=1")
+        run.reach_fault()
+        assert stop_and_continue(place, reference, tally, f"sampling {nth}", signal.SIGTERM, run)
+
+
+def at_random(place: Place, reference: Outcome, tally: Tally, count: int, seed: int) -> None:
     started = time.monotonic()
     place.finish("timed")
     span = time.monotonic() - started
     rng = random.Random(seed)
-    for number in range(count):
+    hits = 0
+    for number in range(5 * count):
         run = place.begin(f"stopped-{number}")
         run.poll(rng.uniform(0.15, span))
-        if run.poll() is None:
-            stop_and_continue(place, reference, f"stopped-{number}", rng.choice(list(CODES)), run)
+        hits += stop_and_continue(place, reference, tally, f"stopped-{number}", rng.choice(list(CODES)), run)
+        if hits == count:
+            return
+    raise AssertionError(f"{hits} of {count} signals came before the end of their run")
 
 
-def test_a_signal_at_any_moment(place, reference):
-    at_random(place, reference, 4, seed=1)
+def test_a_signal_at_any_moment(place, reference, tally):
+    at_random(place, reference, tally, 4, seed=1)
 
 
 @pytest.mark.long
-def test_a_signal_at_twenty_moments(place, reference):
-    at_random(place, reference, 20, seed=2)
+def test_a_signal_at_twenty_moments(place, reference, tally):
+    at_random(place, reference, tally, 20, seed=2)
 
 
 def test_a_second_signal_stops_at_once_and_harms_nothing(place, reference):
-    run = place.begin("twice", fault="save.file:16:sleep=20")
-    run.wait_for("step 3/")
+    run = place.begin("twice", fault="save.file:16:sleep=60")
+    run.reach_fault()
     run.send(signal.SIGTERM)
     run.wait_for("saving, then stopping")
     started = time.monotonic()
     run.send(signal.SIGTERM)
     assert run.wait() == 143
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30  # the save sleeps for a minute
     assert run.last_line == "stopped at once by a second SIGTERM: nothing was saved"
     assert place.finish("twice") == reference
 
 
 def test_a_step_that_never_ends_gives_up_after_save_grace(place):
     run = place.begin("stuck", "save_grace=1", fault="step:4:sleep=60")
-    run.wait_for("step 3/")
-    run.poll(0.2)
+    run.reach_fault()
     run.send(signal.SIGTERM)
-    assert run.wait(20) == 74
+    assert run.wait(50) == 74
     assert "no save within save_grace (1 s)" in run.last_line
     assert "failpoints.py" in run.text  # the stack says where it hung
     assert place.begin("stuck").wait() == 0
@@ -107,7 +140,7 @@ def test_a_step_that_never_ends_gives_up_after_save_grace(place):
 
 def test_a_hangup_does_not_stop_a_run(place, reference):
     run = place.begin("hangup", fault="step:3:sleep=0.5")
-    run.wait_for("step 2/")
+    run.reach_fault()
     run.send(signal.SIGHUP)
     assert run.wait() == 0
     assert place.outcome("hangup") == reference

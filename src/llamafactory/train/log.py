@@ -11,9 +11,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from llamafactory.extras import log
+from llamafactory.extras import failpoints, log
 
 LOG_FILE = "trainer_log.jsonl"
+OLDER_LOG_FILE = "trainer_log.1.jsonl"
+MOST_BYTES = 32 << 20
+"""A longer log is put aside as `OLDER_LOG_FILE`, and a new one is begun: two such files are the most there is."""
+MOST_ROWS = 20_000
+"""Rows of the history that every checkpoint holds; when there are more, every second of the older half goes."""
 
 
 class RunLog:
@@ -101,9 +106,14 @@ class RunLog:
             "remaining_time": _clock(rate * (self._total - step)),
         }
         self.history.append(row)
+        if len(self.history) > MOST_ROWS:
+            self.history = thinned(self.history)
         if not self._is_main:
             return
         try:
+            failpoints.visit("log")
+            if self._path.exists() and self._path.stat().st_size > MOST_BYTES:
+                self._path.replace(self._path.with_name(OLDER_LOG_FILE))
             with self._path.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(row) + "\n")
         except OSError as error:
@@ -114,8 +124,13 @@ class RunLog:
     def _cut_back(self) -> None:
         """Takes rows out of the file that were logged after the checkpoint: they will be logged again."""
         staging = self._path.with_name(f".{self._path.name}")
-        staging.write_text("".join(json.dumps(row) + "\n" for row in self.history), encoding="utf-8")
-        staging.replace(self._path)
+        try:
+            staging.write_text("".join(json.dumps(row) + "\n" for row in self.history), encoding="utf-8")
+            staging.replace(self._path)
+            self._path.with_name(OLDER_LOG_FILE).unlink(missing_ok=True)  # the history begins at the first step
+        except OSError as error:
+            log.warn(f"{self._path} cannot be written ({error}); training goes on", once=True)
+            staging.unlink(missing_ok=True)
 
     def _track(self, row: dict[str, Any], step: int) -> None:
         if self._tracker is None:
@@ -132,6 +147,18 @@ class RunLog:
             self._bar.progress.console.print(line, highlight=False, markup=False)
         else:
             log.info(line)
+
+
+def thinned(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The history without every second row of training in its older half; evaluations stay."""
+    half = len(history) // 2
+    is_kept, found = True, list[dict[str, Any]]()
+    for row in history[:half]:
+        if "loss" in row:
+            is_kept = not is_kept
+        if is_kept or "loss" not in row:
+            found.append(row)
+    return found + history[half:]
 
 
 class _Bar:

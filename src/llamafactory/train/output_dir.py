@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 RUN_FILE = "run.json"
 LINKS = ("last", "best")
 OWN_FILES = (
-    "README.md", "trainer_log.jsonl", "trainer_state.json", "*_results.json", "training_*.png",
+    "README.md", "trainer_log.jsonl", "trainer_log.1.jsonl", "trainer_state.json", "*_results.json", "training_*.png",
     "adapter_*.safetensors", "adapter_config.json", "model*.safetensors", "model.safetensors.index.json",
     "config.json", "generation_config.json", "tokenizer*.json", "special_tokens_map.json", "chat_template.jinja",
     "generated_predictions.*", ".staging-*", *LINKS, RUN_FILE,

@@ -1,0 +1,81 @@
+"""One run at a time in a folder: this machine's file locks, and signs of life of others."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llamafactory.extras.errors import ConfigError
+from llamafactory.train import run_lock
+from llamafactory.train.run_lock import LOCK_FILE, RunLock, boot_id, is_held, read_holder
+
+
+def test_a_lock_says_who_holds_it_and_goes_away(tmp_path: Path) -> None:
+    with RunLock(tmp_path) as lock:
+        holder = read_holder(tmp_path / LOCK_FILE)
+        assert holder["pid"] == os.getpid()
+        assert holder["boot_id"] == boot_id()
+        assert is_held(tmp_path)
+        with pytest.raises(ConfigError, match=f"another run is using this folder: pid {os.getpid()} on "):
+            RunLock(tmp_path).take()
+    lock.release()  # again: nothing
+    assert not (tmp_path / LOCK_FILE).exists()
+    assert is_held(tmp_path) is False
+
+
+def test_the_lock_of_a_dead_process_is_taken_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = (
+        "import os, sys, pathlib\nfrom llamafactory.train.run_lock import RunLock\n"
+        "RunLock(pathlib.Path(sys.argv[1])).take()\nprint(os.getpid(), flush=True)\nos._exit(9)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert read_holder(tmp_path / LOCK_FILE)["pid"] == int(done.stdout)
+    assert is_held(tmp_path) is False
+    with RunLock(tmp_path):
+        assert f"is left over from pid {int(done.stdout)}" in capsys.readouterr().err
+
+
+def remote_lock(folder: Path, age: float) -> Path:
+    path = folder / LOCK_FILE
+    path.write_text(json.dumps({"host": "elsewhere", "pid": 7, "boot_id": "other", "started": "today"}))
+    now = path.stat().st_mtime
+    os.utime(path, (now - age, now - age))
+    return path
+
+
+def test_a_silent_lock_of_another_machine_is_taken_over(tmp_path: Path) -> None:
+    remote_lock(tmp_path, age=1000)
+    assert is_held(tmp_path) is None  # only the other machine knows
+    with RunLock(tmp_path):
+        assert read_holder(tmp_path / LOCK_FILE)["pid"] == os.getpid()
+
+
+def test_a_touched_lock_of_another_machine_is_respected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = remote_lock(tmp_path, age=30)
+    assert is_held(tmp_path)
+    naps: list[float] = []
+
+    def touched_meanwhile(seconds: float) -> None:
+        naps.append(seconds)
+        if len(naps) == 3:
+            os.utime(path)
+
+    monkeypatch.setattr(run_lock.time, "sleep", touched_meanwhile)
+    with pytest.raises(ConfigError, match="pid 7 on elsewhere, started today"):
+        RunLock(tmp_path).take()
+    assert len(naps) == 3
+    assert [file.name for file in tmp_path.iterdir()] == [LOCK_FILE]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null"])
+def test_a_damaged_lock_holds_nobody(tmp_path: Path, content: str) -> None:
+    (tmp_path / LOCK_FILE).write_text(content)
+    assert read_holder(tmp_path / LOCK_FILE) == {}
+    assert is_held(tmp_path) is False
+    with RunLock(tmp_path):
+        assert is_held(tmp_path)
