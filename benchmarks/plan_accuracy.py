@@ -2,7 +2,8 @@
 
 Each configuration trains the bundled model for two steps in its own process. The forecast is the one that this run
 made before it loaded any weights; the peak is what the system reports for the whole process when it has ended.
-Writes benchmarks/results/plan_accuracy.md and .json.
+Writes benchmarks/results/plan_accuracy.md and .json after each configuration; one that is measured again takes the
+place of its old figures. `python scripts/plan_page.py` then brings them into docs/plan.md.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ CONFIGS: list[dict[str, Any]] = [
     {"stage": "rm", "dataset": "pairs", "finetuning_type": "lora", "cutoff_len": 256,
      "per_device_train_batch_size": 2},
     {"stage": "grpo", "finetuning_type": "lora", "cutoff_len": 64, "per_device_train_batch_size": 2,
-     "num_generations": 4, "max_new_tokens": 64, "reward_functions": "length:32"},
+     "num_generations": 16, "max_new_tokens": 16, "reward_functions": "length:32"},
 ]  # fmt: skip
 
 
@@ -132,10 +133,21 @@ def render(rows: list[dict[str, Any]], threads: int) -> str:
     return "\n".join(lines)
 
 
+def write_results(row: dict[str, Any], threads: int) -> None:
+    """Puts a measured configuration among the results, in the order of `CONFIGS`."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    file = RESULTS / "plan_accuracy.json"
+    rows = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    known = {json.dumps(old["config"]): old for old in [*rows, row]}
+    rows = [known[json.dumps(config)] for config in CONFIGS if json.dumps(config) in known]
+    file.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    (RESULTS / "plan_accuracy.md").write_text(render(rows, threads), encoding="utf-8")
+
+
 def main() -> int:
     """Measures every configuration, prints each as it is done, and writes the results."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", type=int, nargs="*", help="numbers of configurations, from 0; writes no results")
+    parser.add_argument("--only", type=int, nargs="*", help="numbers of configurations, from 0")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     rows = []
@@ -146,13 +158,10 @@ def main() -> int:
             write_rows(Path(name))
             row = measure(config, Path(name), arguments.threads)
         rows.append(row)
+        write_results(row, arguments.threads)
         figures = f"{row['forecast'] / 1e9:.2f} GB forecast, {row['measured'] / 1e9:.2f} measured, {row['error']:+.1%}"
         print(f"{number}. {config}: {figures}", flush=True)
-    if arguments.only is None:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "plan_accuracy.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-        (RESULTS / "plan_accuracy.md").write_text(render(rows, arguments.threads), encoding="utf-8")
-        print(f"results: {RESULTS / 'plan_accuracy.md'}")
+    print(f"results: {RESULTS / 'plan_accuracy.md'}")
     return 0 if all(abs(row["error"]) <= LIMIT for row in rows) else 1
 
 

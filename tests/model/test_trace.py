@@ -164,6 +164,38 @@ def test_the_peak_of_the_backward_pass_by_hand():
     assert [is_recomputed(index, 2) for index in range(4)] == [False, True, False, True]
 
 
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("all",)])
+def test_a_note_says_that_an_adapter_misses_the_experts(tiny_config, targets):
+    from llamafactory.model.reach import reach_of
+
+    changes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, **WIDE}
+    options = options_of("lora", {"lora_target": targets})
+    build = {"dtype": "float32", "attention": "sdpa", "finetuning_type": "lora", "options": options}
+    reach = reach_of(build_skeleton(tiny_config("qwen3_moe", **changes), **build))
+    assert reach.experts == 4 * 4 * 3 * 64 * 24  # blocks, experts, matrices, sizes
+    assert reach.adapted_experts == 0 < reach.adapted < reach.matrices
+    assert "none of those of the experts" in (reach.words() or "")
+    assert reach_of(build_skeleton(tiny_config("llama", **WIDE), **build)).words() is None
+
+
+def test_adapted_experts_are_reached(tiny_config):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from llamafactory.model.patches.peft_future_warning import without_future_warning
+    from llamafactory.model.reach import reach_of
+
+    changes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, **WIDE}
+    model: Any = AutoModelForCausalLM.from_config(tiny_config("qwen3_moe", **changes))
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    with without_future_warning():
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], target_parameters=names))
+    reach = reach_of(model)
+    assert reach.adapted_experts == reach.experts == 4 * 4 * 3 * 64 * 24
+    assert "reaches every expert" in (reach.words() or "")
+
+
 def test_a_mixture_of_experts_is_traced_without_routing(tiny_config):
     changes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, **WIDE}
     config = tiny_config("qwen3_moe", **changes)

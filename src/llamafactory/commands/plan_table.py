@@ -77,6 +77,8 @@ def _print_parts(console: Console, document: dict[str, Any]) -> None:
     head = f"{document['model']}: {document['stage']}, {document['finetuning_type']}, on {where}"
     console.print(f"[bold]{_plain(head)}[/bold]")
     console.print(_plain(f"rows: {costs['source']}" + _because(document["rows_assumed_because"])))
+    for note in costs["notes"]:
+        console.print(f"[yellow]{_plain(f'note: {note}')}[/yellow]")
     for title, table in (
         _parameters(count),
         _memory(costs["memory"], costs["room"], per_device=device["count"] > 1),

@@ -19,6 +19,7 @@ from llamafactory.model.memory import (
     forecast_memory,
     optimizer_state_bytes,
 )
+from llamafactory.model.reach import reach_of
 from llamafactory.model.skeleton import ParameterCount, build_skeleton, count_parameters, decoder_blocks
 from llamafactory.model.trace import ActivationTrace, trace_activations
 from llamafactory.model.valuehead import ModelWithValueHead, ValueHead
@@ -135,6 +136,7 @@ class CostModel:
             with torch.device("meta"):
                 whole = ModelWithValueHead(whole, ValueHead(config.get_text_config().hidden_size))
         self.count: ParameterCount = count_parameters(whole)
+        self.notes = tuple(words for words in [reach_of(self._skeleton).words()] if words)
         self._optimizer = optimizer_state_bytes(
             cfg.train.optim,
             [(tuple(p.shape), p.element_size()) for p in whole.parameters() if p.requires_grad],

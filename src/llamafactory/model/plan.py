@@ -47,6 +47,7 @@ class Costs:
         work: arithmetic and time.
         largest_rows: tokens of each row of the largest micro-batch, or of its prefix trees.
         source: where the row lengths come from.
+        notes: what a person should know besides.
     """
 
     memory: MemoryForecast
@@ -56,6 +57,7 @@ class Costs:
     work: Work
     largest_rows: tuple[Part, ...]
     source: str
+    notes: tuple[str, ...] = ()
 
     @property
     def fits(self) -> bool:
@@ -111,6 +113,7 @@ class ModelPlan:
             parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in self.costs.memory.parts().items() if size)
             total, room = self.costs.memory.total / 1e9, self.costs.room / 1e9
             lines.append(f"memory = {total:.2f} GB of {room:.1f} GB: {parts}")
+            lines += [f"note: {note}" for note in self.costs.notes]
         return lines
 
 
@@ -150,6 +153,11 @@ def plan_training(
     is_plain = layout == "flat" and hardware.device == "cpu" and (weight_dtype, autocast) == ("float32", "no")
     fused_blocks, reasons["fused_blocks"] = choose_blocks(cfg, model_config.model_type, family, is_plain)
     workload = (workload_of or _assumed(num_devices))(cfg, layout == "padded")
+    if fused_blocks and not all(isinstance(part, int) for part in workload.largest(None).lengths):
+        fused_blocks, reasons["fused_blocks"] = (
+            False,
+            "not for answers that share their prompt: the model's own forward",
+        )
     adapters = adapter_folders(cfg.model)
     chunk_rows = LOSS_CHUNK_ROWS if family.head is not None else None
     if process_bytes is None:
@@ -187,6 +195,7 @@ def plan_training(
             work=model.work(workload, every=every, num_devices=num_devices, device=hardware.device, rate=rate),
             largest_rows=workload.largest(tokens).lengths,
             source=workload.source,
+            notes=model.notes,
         )
     except LlamaFactoryError:
         raise

@@ -112,6 +112,8 @@ def load_policy(cfg: RunConfig, plan: ModelPlan, *, resume_from: Path | None) ->
     for parameter in policy.parameters():
         if parameter.requires_grad:  # master precision of everything trained, modules_to_save among it
             parameter.data = parameter.data.to(dtype)
+    if cfg.model.use_reentrant_gc and not plan.checkpoint_every:
+        log.warn("use_reentrant_gc has no effect: the plan keeps all activations (see checkpoint_every above)")
     recompute_blocks(policy, plan.checkpoint_every, use_reentrant=cfg.model.use_reentrant_gc)
     return policy
 
