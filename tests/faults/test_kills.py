@@ -32,6 +32,14 @@ def test_a_killed_run_equals_an_uninterrupted_one(make_place, tally, cell):
     kill_and_compare(make_place, tally, cell, kills=3, seed=20261124)
 
 
+def test_a_kill_while_tokenising_leaves_nothing_half_made(make_place):
+    place: Place = make_place()
+    reference = place.finish("reference")
+    fresh = f"tokenized_path={place.folder / 'tokens'}"
+    assert place.begin("killed", fresh, fault="data:1:kill").wait() == -9
+    assert place.finish("killed", fresh) == reference
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("cell", CELLS)
 def test_many_killed_runs_equal_uninterrupted_ones(make_place, tally, cell, request):

@@ -152,6 +152,17 @@ def test_a_real_disk_that_fills_up(place):
     assert ", 0 broken\nthen runs: 0" in run.text
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_read(place):
+    (place.folder / "readonly").mkdir()
+    run = place.begin("readonly", tmpfs=[str(place.folder / "readonly"), "600k", True])
+    code = run.wait()
+    if "Operation not permitted" in run.text:
+        pytest.skip("this system lets no test mount a tmpfs")
+    assert code == 2, run.text[-3000:]
+    assert f"output_dir (command line): {place.folder / 'readonly'}" in run.text
+    assert "choose another folder, or change its permissions" in run.text
+
+
 def test_a_folder_that_is_removed_while_it_is_used(place, reference):
     run = place.begin("gone", fault="step:3:sleep=1")
     run.reach_fault()

@@ -9,6 +9,7 @@ Two things differ from `llamafactory-cli` in a shell: the modules are imported a
 which only the logged MFU depends on, is not measured. What a run does with its files, signals and numbers is the same.
 """
 
+# pyright: reportUnusedImport=false
 from __future__ import annotations
 
 import ctypes
@@ -99,7 +100,7 @@ def start(words: list[str], env: dict[str, str], log: str, trace: str | None, wo
 def change_world(
     *,
     fsize: int | None = None,
-    tmpfs: tuple[str, str] | None = None,
+    tmpfs: tuple[str, str] | tuple[str, str, bool] | None = None,
     closed_stderr: bool = False,
     audit: str | None = None,
     then: list[list[str]] | None = None,
@@ -108,7 +109,7 @@ def change_world(
 
     Args:
         fsize: largest file that it may write, in bytes.
-        tmpfs: a folder that becomes a disk of its own, and its size; only this process sees it.
+        tmpfs: a folder that becomes a disk of its own, its size, whether it is read-only; only this process sees it.
         closed_stderr: nobody reads what it says.
         audit: file that gets a line for each use of a network socket.
         then: commands that run afterwards in the same process.
@@ -133,14 +134,14 @@ def note_socket(descriptor: int, event: str, arguments: tuple[Any, ...]) -> None
         os.write(descriptor, f"{event} {arguments!r}\n".encode())
 
 
-def mount_tmpfs(folder: str, size: str) -> None:
+def mount_tmpfs(folder: str, size: str, is_readonly: bool = False) -> None:
     """Raises: OSError where this system does not allow it."""
     libc = ctypes.CDLL(None, use_errno=True)
     new_namespace, recursive, private = 0x20000, 0x4000, 0x40000
     for done in (
         lambda: libc.unshare(new_namespace),
         lambda: libc.mount(b"none", b"/", None, recursive | private, None),
-        lambda: libc.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", 0, f"size={size}".encode()),
+        lambda: libc.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", int(is_readonly), f"size={size}".encode()),
     ):
         if done():
             number = ctypes.get_errno()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from llamafactory.extras.files import fsync, sha256_of
 MANIFEST = "MANIFEST.json"
 FORMAT = 2
 """1: random state of the first process only. 2: of every process, and a cursor of the data."""
+
+_READERS = 4
+"""Files that are hashed at a time."""
 
 
 def seal(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -55,9 +59,13 @@ def find_fault(folder: Path, *, hashes: bool = True) -> str | None:
     except (OSError, ValueError, TypeError, KeyError) as error:
         return f"{MANIFEST} cannot be read: {type(error).__name__}: {error}"
     for name, expected in files.items():
-        if (fault := _fault_of_file(folder / name, expected, hashes=hashes)) is not None:
+        if (fault := _fault_of_file(folder / name, expected, hashes=False)) is not None:
             return f"{name} {fault}"
-    return None
+    if not hashes:
+        return None
+    with ThreadPoolExecutor(_READERS) as readers:  # hashing leaves the interpreter to the other threads
+        faults = readers.map(lambda item: _fault_of_file(folder / item[0], item[1], hashes=True), files.items())
+        return next((f"{name} {fault}" for name, fault in zip(files, faults, strict=True) if fault is not None), None)
 
 
 def _fault_of_file(path: Path, expected: Mapping[str, Any], *, hashes: bool) -> str | None:
