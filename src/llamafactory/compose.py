@@ -25,6 +25,7 @@ from llamafactory.hparams.read import RawValue, Source, read_source
 from llamafactory.hparams.resolve import Resolution, resolve
 from llamafactory.hparams.run_config import SECTIONS, RunConfig
 from llamafactory.hparams.section import Section
+from llamafactory.hparams.sharding import check_sharding
 
 __all__ = ["all_sections", "load_config", "plugin_names", "resolve_config"]
 
@@ -78,7 +79,15 @@ def resolve_config(source: Source, *, command: str = "train") -> Resolution:
         names = replace(names, spare=_spare_options(stage, adapter), allow_unknown=_is_on("ALLOW_EXTRA_ARGS"))
     broken = {problem.key for problem in problems}
     usable = [item for item in raw if item.key not in broken]
-    checks = (*CHECKS, *PREDICT_CHECKS, *PATH_CHECKS, _check_model_hub, _check_template, _check_datasets)
+    checks = (
+        *CHECKS,
+        *PREDICT_CHECKS,
+        *PATH_CHECKS,
+        check_sharding,
+        _check_model_hub,
+        _check_template,
+        _check_datasets,
+    )
     resolution = resolve(usable, names, command=command, checks=checks)
     if not problems:
         return resolution

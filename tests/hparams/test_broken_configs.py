@@ -54,7 +54,7 @@ BROKEN_YAML: dict[str, tuple[str, tuple[str, ...]]] = {
         ("quantization_bit (c.yaml:5): known, but not implemented in this version", "given:   4", "alternative: "),
     ),
     "liger under its other name": (GOOD + "use_liger_kernel: true\n", ("enable_liger_kernel", "not implemented")),
-    "deepspeed": (GOOD + "deepspeed: ds_z3.json\n", ("deepspeed", "not implemented", "NPROC_PER_NODE")),
+    "deepspeed": (GOOD + "deepspeed: ds_z3.json\n", ("deepspeed", "not implemented", "fsdp: full_shard")),
     "method of a later version": (GOOD + "finetuning_type: oft\n", ("finetuning_type (c.yaml:5)", "not implemented")),
     "ppo without a reward": (GOOD + "stage: ppo\n", ("reward_model: stage ppo needs something that scores answers",)),
     "a service without its type": (

@@ -17,7 +17,7 @@ from collections import Counter
 VARIABLE = "LLAMAFACTORY_FAILPOINT"
 NAMES = (
     "data", "load", "step", "micro", "eval", "predict", "sample", "final", "log",
-    "save.start", "save.file", "save.manifest", "save.rename", "save.done", "save.prune",
+    "save.start", "save.shards", "save.file", "save.manifest", "save.rename", "save.done", "save.prune",
 )  # fmt: skip
 """The places there are."""
 ACTIONS = ("kill", "enospc", "eio", "sleep", "nan")

@@ -9,6 +9,7 @@ from pydantic import field_validator
 from llamafactory.hparams.section import Section, option
 
 _METHOD, _BATCH, _OPTIM, _SCHEDULE = "Method", "Batch and length", "Optimizer", "Learning-rate schedule"
+_SHARDING = "Sharding"
 _PRECISION, _OUTPUT, _EVAL, _LOG, _PROFILE = (
     "Precision and device",
     "Output and checkpoints",
@@ -94,6 +95,15 @@ class TrainConfig(Section):
         False, "Start even where the memory forecast says that the run cannot fit.", group=_PRECISION
     )
     ddp_timeout: int = option(1800, "Seconds that one process waits for another.", group=_PRECISION, ge=1)
+
+    fsdp: bool | str | None = option(
+        None,
+        "Spread weights, gradients and optimizer over the processes (FSDP2): true, full_shard or shard_grad_op.",
+        group=_SHARDING,
+    )
+    fsdp_config: dict[str, Any] | str | None = option(
+        None, "More of it, as transformers names it: a mapping, or a JSON file.", group=_SHARDING
+    )
 
     output_dir: str | None = option(None, "Folder for weights, checkpoints, logs and reports.", group=_OUTPUT)
     overwrite_output_dir: bool = option(False, "Start anew in a folder that holds a run.", group=_OUTPUT)

@@ -18,6 +18,7 @@ from llamafactory.model.memory import (
     StepShape,
     forecast_memory,
     optimizer_state_bytes,
+    spread_over,
 )
 from llamafactory.model.reach import reach_of
 from llamafactory.model.skeleton import ParameterCount, build_skeleton, count_parameters, decoder_blocks
@@ -103,6 +104,7 @@ class CostModel:
         is_fused: bool = False,
         demands: Demands = NOTHING_MORE,
         adapters: tuple[Path, ...] = (),
+        num_shards: int = 1,
     ) -> None:
         """Builds the model on the meta device.
 
@@ -114,12 +116,13 @@ class CostModel:
             is_fused: blocks go through `model.kernels` where those apply.
             demands: of the stage.
             adapters: folders of trained adapters.
+            num_shards: processes over which weights, gradients and optimizer are spread.
 
         Raises:
             Exception: whatever the model's own code raises there.
         """
         self._precision = precision
-        self._is_fused = is_fused
+        self._is_fused, self._num_shards = is_fused, num_shards
         self._skeleton = build_skeleton(
             config,
             dtype=precision.weights,
@@ -163,7 +166,7 @@ class CostModel:
         lengths: tuple[Part, ...] = batch.lengths if is_flat else (_padded(max(map(tokens_of, batch.lengths))),)
         rows = 1 if is_flat else len(batch.lengths)
         trace = self.trace(rows, lengths, is_flat)
-        return forecast_memory(
+        whole = forecast_memory(
             self.count,
             trace,
             step=StepShape(
@@ -188,6 +191,8 @@ class CostModel:
             reference_bytes=self._reference_bytes(),
             generation=self._generation(trace, tokens=rows * sum(map(tokens_of, lengths))),
         )
+        head_bytes = self._head[0] * self._head[1] * 4
+        return spread_over(whole, self._num_shards, self.count, outer_bytes=2 * head_bytes)
 
     def _reference_bytes(self) -> int:
         demands, element = self._demands, 4 if self._precision.weights == "float32" else 2

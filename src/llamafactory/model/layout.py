@@ -61,10 +61,14 @@ def stock_attention(model_config: PreTrainedConfig) -> Literal["sdpa", "eager"]:
     return "sdpa" if getattr(kind, "_supports_sdpa", True) else "eager"
 
 
-def choose_blocks(cfg: RunConfig, model_type: str, family: Family, is_plain: bool) -> tuple[bool, str]:
+def choose_blocks(
+    cfg: RunConfig, model_type: str, family: Family, is_plain: bool, is_sharded: bool = False
+) -> tuple[bool, str]:
     """Whether blocks go through the fused CPU functions. At run time anything unusual in a module turns them off."""
     if not cfg.model.fused_kernels:
         return False, "fused_kernels: false"
+    if is_sharded:
+        return False, "fsdp gathers the weights of a block where its own forward is called"
     if not is_plain:
         return False, "they are for float32 rows laid end to end on a CPU"
     if not family.prenorm_blocks:

@@ -76,15 +76,19 @@ def load_model(cfg: ModelConfig, *, dtype: str, attention: str, device: str | No
     from transformers import AutoModelForCausalLM
 
     from llamafactory.model import attention as segment_attention
+    from llamafactory.model.shards import WEIGHT_SHARDS
 
     if attention == segment_attention.NAME:
         segment_attention.register()
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": attention}
-    if cfg.train_from_scratch:
+    path = model_path(cfg)
+    shards = Path(path) / WEIGHT_SHARDS
+    if cfg.train_from_scratch or shards.is_dir():
         config = load_model_config(cfg)
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=cfg.trust_remote_code, **options)
+        if not cfg.train_from_scratch:
+            _fill_from_shards(model, shards)
     else:
-        path = model_path(cfg)
         model = _loading(
             cfg,
             lambda: AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, **_hub_options(cfg), **options),
@@ -117,6 +121,18 @@ def load_classifier(cfg: ModelConfig, *, dtype: str, attention: str) -> PreTrain
             attn_implementation=attention,
         ),
     )  # fmt: skip
+
+
+def _fill_from_shards(model: PreTrainedModel, folder: Path) -> None:
+    """Takes the weights of a checkpoint of which several processes wrote a part each."""
+    from llamafactory.model.shards import read_whole
+
+    missing, unknown = model.load_state_dict(read_whole(folder), strict=False)
+    needed = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}  # tied weights have one name
+    faults = sorted({*missing} & needed | {*unknown})
+    if faults:
+        raise LlamaFactoryError(f"{folder} does not hold this model: {', '.join(faults[:5])}")
+    model.tie_weights()
 
 
 def model_path(cfg: ModelConfig) -> str:

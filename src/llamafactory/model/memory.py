@@ -7,7 +7,7 @@ alive together with a chunk of logits; and the end of the backward pass, when ev
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from llamafactory.model.skeleton import ParameterCount
@@ -174,6 +174,32 @@ def forecast_memory(
         cache=cache,
         checkpoint=snapshot_bytes,
         workspace=_backward_bytes(trace) + cast_copies + int(heap_overhead * trace.small * activations),
+    )
+
+
+def spread_over(whole: MemoryForecast, num_shards: int, count: ParameterCount, *, outer_bytes: int) -> MemoryForecast:
+    """The forecast of one of several processes that share weights, gradients and optimizer (FSDP2).
+
+    Each also holds what is gathered: the outer weights (embeddings, head) for the whole step, two blocks at a time,
+    and the whole gradients of one block and of the outer weights until they are shared out.
+
+    Args:
+        whole: of a process that holds everything.
+        num_shards: processes; 1 changes nothing.
+        count: parameters.
+        outer_bytes: of the weights outside of the blocks, at most.
+    """
+    if num_shards == 1:
+        return whole
+    blocks = max(1, len(count.trained_by_block))
+    outer = min(outer_bytes, count.weight_bytes)
+    block = (count.weight_bytes - outer) // blocks
+    share = count.trained_bytes / max(1, count.weight_bytes)
+    return replace(
+        whole,
+        weights=whole.weights // num_shards + outer + 2 * block,
+        gradients=whole.gradients // num_shards + int(share * (outer + block)),
+        optimizer=whole.optimizer // num_shards,
     )
 
 

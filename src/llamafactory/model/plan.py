@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from llamafactory.extras.errors import LlamaFactoryError
+from llamafactory.hparams.sharding import sharding_of
 from llamafactory.model.costs import CostModel, Disk, Work, process_bytes_of
 from llamafactory.model.demands import NOTHING_MORE, Demands
 from llamafactory.model.family import family_of
@@ -151,7 +152,10 @@ def plan_training(
     weight_dtype, autocast, reasons["weight_dtype"] = training_dtype(cfg)
     layout, attention, reasons["layout"] = choose_layout(cfg, model_config, family, hardware)
     is_plain = layout == "flat" and hardware.device == "cpu" and (weight_dtype, autocast) == ("float32", "no")
-    fused_blocks, reasons["fused_blocks"] = choose_blocks(cfg, model_config.model_type, family, is_plain)
+    num_shards = num_devices if sharding_of(cfg) else 1
+    fused_blocks, reasons["fused_blocks"] = choose_blocks(
+        cfg, model_config.model_type, family, is_plain, is_sharded=num_shards > 1
+    )
     workload = (workload_of or _assumed(num_devices))(cfg, layout == "padded")
     if fused_blocks and not all(isinstance(part, int) for part in workload.largest(None).lengths):
         fused_blocks, reasons["fused_blocks"] = (
@@ -171,6 +175,7 @@ def plan_training(
             is_fused=fused_blocks,
             demands=demands_of(cfg),
             adapters=adapters,
+            num_shards=num_shards,
         )
         snapshot = model.snapshot(cfg, workload, hardware)
 

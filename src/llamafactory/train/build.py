@@ -29,13 +29,14 @@ from llamafactory.train.checkpoint.state import fresh_state, load_state
 from llamafactory.train.companions import language_model, load_reference, with_stage_parts
 from llamafactory.train.feed import Feed
 from llamafactory.train.job import Job, Updates
-from llamafactory.train.model_files import ModelFiles
 from llamafactory.train.noise import EmbeddingNoise
 from llamafactory.train.optim import build_optimizer
 from llamafactory.train.reference_cache import TRAINING, keep_reference
 from llamafactory.train.rollout_parts import build_rollouts, parts_of
 from llamafactory.train.rows import ROWS
 from llamafactory.train.schedule import build_schedule
+from llamafactory.train.sharded_files import model_files
+from llamafactory.train.sharding import placed, shard_model
 from llamafactory.train.stage import Models, load_stage
 from llamafactory.train.step import StageModule
 from llamafactory.train.stream_feed import build_stream_feed
@@ -188,7 +189,8 @@ def assemble_job(
         training = build_stream_feed(cfg, data, data.stream, feed=quiet, num_ranks=accelerator.num_processes)
     total_steps = training.schedule.total_windows(max_steps=train.max_steps, num_epochs=train.num_train_epochs)
     start, updates = fresh_state(claim.run_id), None
-    files = ModelFiles(policy, tokenizer, chat_template=chat_template_to_save(cfg.data, tokenizer))
+    sharded = shard_model(cfg, module, policy, accelerator)
+    files = model_files(sharded, policy, tokenizer, chat_template=chat_template_to_save(cfg.data, tokenizer))
     if train.do_train:
         optimizer: Any = build_optimizer(module, train, device=accelerator.device.type)
         scheduler = build_schedule(optimizer, train, total_steps=total_steps)
@@ -203,10 +205,10 @@ def assemble_job(
             scheduler.load_state_dict({**scheduler.state_dict(), **start.scheduler})
         if parts is not None:
             files = parts.take_up(training, files, claim.output_dir, start=start, checkpoint=claim.resume_from)
-        module, optimizer = accelerator.prepare(module, optimizer)
+        module, optimizer = placed(accelerator, sharded, module, optimizer)
         updates = Updates(optimizer=optimizer, scheduler=scheduler)
     else:
-        module = accelerator.prepare(module)
+        (module,) = placed(accelerator, sharded, module)
     feeds: dict[str, Any] = {_prefix(name): feed(rows, training=False) for name, rows in data.evaluation.items()}
     feeds = keep_reference(cfg, {TRAINING: training, **feeds}, models, module, accelerator)
     training = feeds.pop(TRAINING)
@@ -218,6 +220,7 @@ def assemble_job(
         total_steps=total_steps, start=start, model_files=files, step_flops=flops,
         measure_peak=lambda: _peak_flops(plan) * accelerator.num_processes,
         is_async=may_save_async(train, policy, plan.device), facts=facts, first_step_is_over=first_step_is_over,
+        is_sharded=sharded is not None,
     )  # fmt: skip
 
 

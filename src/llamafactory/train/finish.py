@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from accelerate.state import AcceleratorState
 from llamafactory.extras import failpoints, log
 from llamafactory.extras.errors import SaveError
 from llamafactory.extras.files import fsync, write_json
+from llamafactory.model.shards import WEIGHT_SHARDS, read_whole
 from llamafactory.train import memory_use
 from llamafactory.train.build import require_trainable, trainable_report
 from llamafactory.train.checkpoint.folders import checkpoint_name, list_checkpoints
@@ -177,10 +178,14 @@ def write_outcome(cfg: RunConfig, job: Job, record: RunRecord, result: FitResult
     if result is not None and result.stop_signal:
         return _interrupted(job, record, result)
     metrics: dict[str, float] = dict(result.metrics) if result else {}
+    job.accelerator.wait_for_everyone()  # the first process may still have been writing the last checkpoint
     best = _best_folder(job, result)
+    write: Any = None
+    if result is not None and best is None:
+        write = job.model_files.prepare(is_async=False, is_writer=job.accelerator.is_main_process)
     with _saving(job):
         if result is not None and job.accelerator.is_main_process:
-            _write_final_weights(job, best)
+            _write_final_weights(job, best, write)
             write_results(job.output_dir, "train", metrics)
     try:
         predicted, evaluation = _predict(job, _last_evaluation(job, result, best))
@@ -270,15 +275,17 @@ def _predict(job: Job, evaluation: dict[str, float]) -> tuple[dict[str, float], 
     return predicted | {name: value for name, value in found.items() if name.startswith("predict_")}, evaluation
 
 
-def _write_final_weights(job: Job, best: Path | None) -> None:
+def _write_final_weights(job: Job, best: Path | None, write: Callable[[Path], None] | None) -> None:
     """Writes beside, then moves file by file, so that no file in the folder is ever half."""
     staging = job.output_dir / f".staging-final-{os.getpid()}"
     staging.mkdir(parents=True)
-    if best is None:
-        job.model_files.write(staging)
-    else:
+    if write is not None:
+        write(staging)
+    elif best is not None:
         for path in sorted(best.iterdir()):
-            if path.name not in {MANIFEST, *TRAINING_FILES}:
+            if path.name == WEIGHT_SHARDS:
+                job.model_files.write_whole(staging, read_whole(path))
+            elif path.name not in {MANIFEST, *TRAINING_FILES}:
                 shutil.copyfile(path, staging / path.name)
     for path in sorted(staging.iterdir()):
         fsync(path)

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from llamafactory.model.shards import whole_value
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch.optim import Optimizer
@@ -114,7 +116,7 @@ class StepGuard:
 
 def _norm(module: nn.Module) -> Tensor:
     gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+    return whole_value(torch.nn.utils.get_total_norm(gradients)) if gradients else torch.zeros(())
 
 
 def poison(module: nn.Module) -> None:

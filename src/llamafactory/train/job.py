@@ -61,6 +61,7 @@ class Job:
         measure_peak: measures the FLOP/s that all ranks' devices reach in a plain matrix product.
         is_async: whether checkpoints are written while training goes on.
         facts: what every checkpoint says of the run besides its id and step.
+        is_sharded: whether parameters and optimizer are spread over the processes.
         first_step_is_over: called once, when this process has done its first step.
         progress: kept up to date by the loop.
         predictions: of the evaluation rows, or None where there are none.
@@ -81,6 +82,7 @@ class Job:
     measure_peak: Callable[[], float]
     is_async: bool = True
     facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    is_sharded: bool = False
     first_step_is_over: Callable[[], None] = lambda: None
     predictions: Predictions | None = None
     progress: Progress = field(default_factory=Progress)

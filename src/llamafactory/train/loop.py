@@ -9,13 +9,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from llamafactory.extras import failpoints, log
-from llamafactory.extras.errors import LlamaFactoryError, SaveAndStopError
+from llamafactory.extras.errors import LlamaFactoryError, SaveAndStopError, SaveError
 from llamafactory.train import step as steps
+from llamafactory.train.capture import capture
 from llamafactory.train.checkpoint import random_state
 from llamafactory.train.checkpoint.saver import Retention, SavePlan, Saver
-from llamafactory.train.checkpoint.snapshot import Snapshot
 from llamafactory.train.checkpoint.state import RunState
-from llamafactory.train.checkpoint.tensors import optimizer_state
 from llamafactory.train.evaluation import evaluate
 from llamafactory.train.guard import NotFiniteError, SpikeWatch, StepGuard, poison
 from llamafactory.train.job import FitResult, Job
@@ -271,17 +270,14 @@ class _Run:
         self.log_training()
         with self._pause("saving"):
             started = time.monotonic()
-            generators = random_state.of_all_ranks(job.accelerator, self._generators())
-            if job.accelerator.is_main_process:
-                optimizer = None if job.cfg.save_only_model else optimizer_state(self.updates.optimizer)
-                self.saver.save(
-                    Snapshot(
-                        state=self.state(),
-                        write_model=job.model_files.copy() if job.is_async else job.model_files.write,
-                        optimizer=optimizer,
-                        generators=generators,
-                    )
-                )
+            try:
+                snapshot = capture(job, self.state(), self._generators(), wait=self.saver.wait)
+            except SaveError as error:
+                if job.accelerator.is_main_process:
+                    self.saver.give_up(self.step, error)
+            else:
+                if job.accelerator.is_main_process:
+                    self.saver.save(snapshot)
             stall = time.monotonic() - started
         for span in (self._whole, self._since_log):
             span.stalled += stall

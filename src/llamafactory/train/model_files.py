@@ -43,8 +43,26 @@ class ModelFiles:
     def copy(self) -> Callable[[Path], None]:
         """Copies what training changes, and gives a function that writes the copy, for any thread."""
         state = host_copy(self._policy.state_dict(), frozen_storages(self._policy))
-        self._tokenizer_files  # noqa: B018  made here, in the main thread
+        self.make_tokenizer_files()
         return partial(self._write, state=state)
+
+    def prepare(self, *, is_async: bool, is_writer: bool, in_shards: bool = False) -> Callable[[Path], None]:
+        """A function that writes the weights; every process must ask for it, and one of them calls it.
+
+        Args:
+            is_async: the function may be called while training goes on: it writes a copy.
+            is_writer: whether this process calls it.
+            in_shards: leave out weights that are kept in shards, see `shards`.
+        """
+        return self.copy() if is_async and is_writer else self.write
+
+    def shards(self) -> Mapping[str, Tensor]:
+        """What a checkpoint keeps in shards: weights by name, of which this process holds a part."""
+        return {}
+
+    def write_whole(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """Writes a model from whole weights that a checkpoint kept in shards."""
+        raise ValueError("no checkpoint of this run keeps weights in shards")
 
     def _write(self, folder: Path, state: Mapping[str, Tensor] | None) -> None:
         model, state = split_value_head(self._policy, folder, state)
@@ -57,6 +75,13 @@ class ModelFiles:
             (folder / "README.md").unlink(missing_ok=True)
         else:
             model.save_pretrained(str(folder), **options)
+        self._write_tokenizer(folder)
+
+    def make_tokenizer_files(self) -> None:
+        """Makes the tokenizer's files now, in the main thread; later calls of the writers only copy them."""
+        self._tokenizer_files  # noqa: B018
+
+    def _write_tokenizer(self, folder: Path) -> None:
         for name, content in self._tokenizer_files.items():
             (folder / name).write_bytes(content)
         give_usual_modes(folder)

@@ -25,6 +25,7 @@ from llamafactory.data.types import IGNORE_INDEX
 from llamafactory.extras import log
 from llamafactory.extras.errors import LlamaFactoryError
 from llamafactory.extras.files import user_cache_dir
+from llamafactory.model.shards import is_sharded
 from llamafactory.train.answers import reference_logps
 
 if TYPE_CHECKING:
@@ -68,6 +69,10 @@ def keep_reference(
     """
     wish, training = getattr(cfg.stage_options, "cache_reference", False), feeds[TRAINING]
     if models.reference is None or cfg.data.streaming or wish is False:
+        return feeds
+    if any(is_sharded(parameter) for parameter in module.parameters()):
+        if wish:
+            log.note("cache_reference has no effect with fsdp: processes that share a model compute in step")
         return feeds
     schedule = training.schedule
     steps = schedule.total_windows(max_steps=cfg.train.max_steps, num_epochs=cfg.train.num_train_epochs)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from llamafactory.model.shards import whole_value
 from llamafactory.train.metrics import Sums, summed
 
 if TYPE_CHECKING:
@@ -120,6 +121,7 @@ def apply_gradient(
     """
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     norm = accelerator.clip_grad_norm_(parameters, clip) if clip > 0 else None
+    norm = None if norm is None else whole_value(norm)
     is_taken = admits(norm)
     if is_taken:
         optimizer.step()

@@ -96,6 +96,11 @@ class Saver:
         self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint writer")
         self._thread.start()
 
+    def give_up(self, step: int, error: SaveError) -> None:
+        """Notes that a checkpoint could not be made; older ones stay."""
+        self.wait()
+        self._note_failure(step, error)
+
     def wait(self) -> None:
         """Waits until no save is running.
 
@@ -120,10 +125,13 @@ class Saver:
         except Exception as error:  # in a thread: what is not the disk's fault is raised in the main one
             if not is_disk_fault(error):
                 self._mistake = error
-            self.failure = f"{checkpoint_name(snapshot.state.step)} could not be saved: {error}"
-            kept = f"; {self.last.name} stays" if self.last else ""
-            log.warn(f"{self.failure}{kept}; training goes on")
+            self._note_failure(snapshot.state.step, error)
         self.write_seconds = time.monotonic() - started
+
+    def _note_failure(self, step: int, error: Exception) -> None:
+        self.failure = f"{checkpoint_name(step)} could not be saved: {error}"
+        kept = f"; {self.last.name} stays" if self.last else ""
+        log.warn(f"{self.failure}{kept}; training goes on")
 
 
 def is_disk_fault(error: Exception) -> bool:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from llamafactory.extras import failpoints
 from llamafactory.extras.errors import LlamaFactoryError
 from llamafactory.train.checkpoint import random_state
+from llamafactory.train.checkpoint.shards import OPTIMIZER_SHARDS, move_in, read_optimizer_shards, spread
 from llamafactory.train.checkpoint.state import STATE, RunState, read_document, write_state
 from llamafactory.train.checkpoint.tensors import OptimizerState, load_optimizer
 
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 
 _OPTIMIZER = "optimizer.safetensors"
 _RNG = "rng_state.safetensors"
-TRAINING_FILES = frozenset({_OPTIMIZER, _RNG, STATE})
-"""Files of a checkpoint that are no part of the model."""
+TRAINING_FILES = frozenset({_OPTIMIZER, _RNG, STATE, OPTIMIZER_SHARDS})
+"""Files and folders of a checkpoint that are no part of the model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,16 +35,20 @@ class Snapshot:
         write_model: writes weights and tokenizer files into a folder, from copies.
         optimizer: its state, or None for weights only (`save_only_model`).
         generators: random states of every process, see `random_state.of_all_ranks`.
+        shards: a staging folder with what the processes wrote together, or None; its folders are moved in.
     """
 
     state: RunState
     write_model: Callable[[Path], None]
     optimizer: OptimizerState | None
     generators: dict[str, torch.Tensor]
+    shards: Path | None = None
 
     def write(self, folder: Path) -> None:
         """Writes every file but the manifest."""
         self.write_model(folder)
+        if self.shards is not None:
+            move_in(self.shards, folder)
         failpoints.visit("save.file")
         if self.optimizer is None:
             write_state(folder, self.state, param_groups=[])
@@ -77,7 +82,10 @@ def restore_training(folder: Path, optimizer: Optimizer, rank: int = 0) -> bool:
         )
     document = read_document(folder)
     saved = OptimizerState(
-        tensors=load_file(folder / _OPTIMIZER),
+        tensors={
+            **spread(load_file(folder / _OPTIMIZER), optimizer),
+            **read_optimizer_shards(folder, optimizer),
+        },
         values=document.get("optimizer_values", {}),
         groups=document["param_groups"],
     )

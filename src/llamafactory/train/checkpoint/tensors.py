@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from llamafactory.model.shards import is_sharded
+
 _PLAIN = (str, int, float, bool, list, tuple, type(None))
 
 
@@ -18,7 +20,7 @@ class OptimizerState:
     """An optimizer as tensors and JSON.
 
     Attributes:
-        tensors: `<parameter index>.<name>` -> tensor.
+        tensors: `<parameter index>.<name>` -> tensor, those left out of which each process holds a part.
         values: the same for numbers, text and None.
         groups: options of each parameter group, with the indices of its parameters.
     """
@@ -71,6 +73,8 @@ def optimizer_state(optimizer: Optimizer) -> OptimizerState:
     values: dict[str, Any] = {}
     for index, entries in document["state"].items():
         for name, value in entries.items():
+            if is_sharded(value):
+                continue  # each process writes its part, see `shards`
             if isinstance(value, torch.Tensor):
                 tensors[f"{index}.{name}"] = value.contiguous()
             elif isinstance(value, _PLAIN):
