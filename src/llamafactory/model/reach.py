@@ -38,8 +38,8 @@ class Reach:
         part = "none" if not self.adapted_experts else f"{self.adapted_experts:,}"
         return (
             f"the adapter reaches {self.adapted:,} of {self.matrices:,} parameters of the blocks, and {part} of those "
-            f"of the experts: {left:,} ({left / self.matrices:.0%}) stay as they are. The experts are stacked in one "
-            "weight a block, which lora_target cannot name; finetuning_type: full trains them"
+            f"of the experts: {left:,} ({left / self.matrices:.0%}) stay as they are; "
+            "lora_target: all reaches them too"
         )
 
 
