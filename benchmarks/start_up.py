@@ -1,12 +1,14 @@
-"""CPU seconds and memory of the commands that must answer at once. `python benchmarks/start_up.py [--repeats N]`."""
+"""CPU seconds and memory of commands that must answer at once, and of rendering 1,000 lines (`--repeats N`)."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,7 +18,8 @@ COMMANDS = {
     "check": ["check", str(ROOT / "examples" / "quickstart.yaml")],
     "python alone": [],
 }
-LIMITS = {"version": 0.15, "help": 0.15, "check": 0.6}
+LIMITS = {"version": 0.15, "help": 0.15, "check": 0.6, "data render": 3.0}
+TURNS = [{"role": role, "content": f"Some words of a {role}. " * 8} for role in ("user", "assistant") * 2]
 
 
 def measure(words: list[str]) -> tuple[float, float]:
@@ -35,10 +38,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=15)
     repeats = parser.parse_args().repeats
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in COMMANDS}
-    for _ in range(repeats + 1):  # the first round warms the disk cache; commands take turns
-        for name, words in COMMANDS.items():
-            found[name].append(measure(words))
+    with tempfile.TemporaryDirectory() as folder:
+        lines = Path(folder) / "thousand.jsonl"
+        lines.write_text((json.dumps({"messages": TURNS}) + "\n") * 1000, encoding="utf-8")
+        commands = COMMANDS | {"data render": ["data", "render", "--template", "chatml", str(lines)]}
+        found: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
+        for _ in range(repeats + 1):  # the first round warms the disk cache; commands take turns
+            for name, words in commands.items():
+                found[name].append(measure(words))
     print(f"{'command':<14}{'median CPU s':>14}{'min':>8}{'max':>8}{'MiB':>8}{'limit':>8}")
     for name, values in found.items():
         seconds = [cpu for cpu, _ in values[1:]]

@@ -257,14 +257,12 @@ def test_the_index_knows_all_entries_and_each_names_a_tool_format() -> None:
 
 def test_one_entry_is_found_without_parsing_the_other_files(repo_dir: Path) -> None:
     code = (
-        "import time; from llamafactory.data.chat_template import find_record; start = time.perf_counter(); "
-        "find_record('qwen3_vl'); spent = time.perf_counter() - start; "
+        "from llamafactory.data.chat_template import find_record; find_record('qwen3_vl'); "
         "from llamafactory.data.templates import index; "
-        "print(index._read_file.cache_info().currsize, spent)"
+        "print(index._read_file.cache_info().currsize)"
     )
     environment = {**os.environ, "PYTHONPATH": str(repo_dir / "src")}
     output = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    ).stdout.split()
-    assert int(output[0]) == 2  # its own file, and that of chatml
-    assert float(output[1]) < 0.1  # seconds; some 7 ms on an idle machine
+    ).stdout
+    assert int(output) == 2  # its own file, and that of chatml
