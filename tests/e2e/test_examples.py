@@ -27,23 +27,30 @@ def test_an_example_resolves(path, tmp_path, monkeypatch):
     if "adapter_name_or_path" in content:  # made by another example
         (tmp_path / "adapter_config.json").write_text("{}")
         words.append(f"adapter_name_or_path={tmp_path}")
+    if "reward_model" in content:
+        words.append(f"reward_model={tmp_path}")
     resolution = resolve_config(words, command=command)
     assert resolution.problems == ()
     assert not [note for note in resolution.notes if note.startswith("warning: ")]
     assert path.read_text(encoding="utf-8").startswith("# ")
 
 
-@pytest.mark.parametrize("path", [path for path in EXAMPLES if path.parent.name not in COMMANDS], ids=name_of)
-def test_a_training_example_takes_a_step(path, tiny_model_dir, tmp_path, monkeypatch):
+def run(path, model, output_dir, *more):
+    """A step of an example on a tiny model; its exit code."""
     from llamafactory.compose import load_config
     from llamafactory.train.tuner import run_exp
 
+    words = [str(path), f"model_name_or_path={model}", f"output_dir={output_dir}", "max_steps=1", "max_samples=12"]
+    return run_exp(load_config([*words, *more])).exit_code
+
+
+@pytest.mark.parametrize("path", [path for path in EXAMPLES if path.parent.name not in COMMANDS], ids=name_of)
+def test_a_training_example_takes_a_step(path, tiny_model_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    words = [
-        str(path),
-        f"model_name_or_path={tiny_model_dir}",
-        f"output_dir={tmp_path}",
-        "max_steps=1",
-        "max_samples=12",
-    ]
-    assert run_exp(load_config(words)).exit_code == 0
+    more = []
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if "reward_model" in content:  # its folder names the example that makes it
+        maker = path.with_name(f"smollm2_lora_{Path(content['reward_model']).name}.yaml")
+        assert run(maker, tiny_model_dir, tmp_path / "rm") == 0
+        more = [f"reward_model={tmp_path / 'rm'}"]
+    assert run(path, tiny_model_dir, tmp_path / "out", *more) == 0

@@ -68,8 +68,11 @@ def _rouge() -> Any:
 def _cutter() -> Any:
     """jieba, its dictionary kept in this user's own folder; any user may write into that of temporary files."""
     import logging
+    import warnings
 
-    import jieba
+    with warnings.catch_warnings():  # its regular expressions hold escapes that Python warns of, the first time only
+        warnings.simplefilter("ignore")
+        import jieba
 
     jieba.setLogLevel(logging.CRITICAL)
     cutter: Any = jieba.Tokenizer()
