@@ -16,6 +16,7 @@ import pytest
 from safetensors.torch import load_file
 from tests.faults.cells import CELLS
 from tests.faults.harness import ROOT, Place
+from tests.faults.ranks import begin, finish, stop_at
 
 from llamafactory.launcher import torchrun_command
 from llamafactory.train.checkpoint.manifest import find_fault
@@ -138,6 +139,25 @@ def test_a_signal_while_one_rank_tokenises_and_one_waits(make_place):
     assert process.returncode == 143, text[-3000:]
     assert text.rstrip().splitlines()[-1] == "stopped by SIGTERM before the first step"
     assert not list((place.folder / "tokenising").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize(("ranks", "later"), [(2, 2), (1, 2), (2, 1)])
+def test_a_rollout_in_a_checkpoint_is_that_of_all_ranks(make_place, ranks, later):
+    """Killed between the two passes over a rollout, of which each process has sampled a part."""
+    place = make_place(**CELLS["grpo lora, two passes over each rollout"], async_save="false")
+    size = [f"per_device_train_batch_size={2 // count}" for count in (ranks, later)]
+    whole = finish(place, "whole", ranks, size[0])
+    stop_at(place, "killed", ranks, 4, size[0])
+    done = begin(place, "killed", later, size[1])
+    assert not any(done.wait()), done.text[-4000:]
+    assert "continuing checkpoint-3" in done.text
+    assert "it is played again" not in done.text
+    killed = place.outcome("killed")
+    assert killed.rows == whole.rows
+    if ranks == later:
+        assert (killed.losses, killed.weights) == (whole.losses, whole.weights)
+    else:
+        assert losses_of(place.folder / "killed")[:4] == pytest.approx(losses_of(place.folder / "whole")[:4], rel=1e-3)
 
 
 TWICE = """

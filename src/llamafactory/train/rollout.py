@@ -73,6 +73,7 @@ class _Rollout:
         ranks: the places of each rank.
         weights: `[places, group]`.
         metrics: of the rollout.
+        state_before: what the stage remembered when it was played.
     """
 
     experiences: Mapping[int, Experience]
@@ -80,6 +81,7 @@ class _Rollout:
     ranks: Sequence[Sequence[int]]
     weights: NDArray[np.float64]
     metrics: Mapping[str, Tensor]
+    state_before: Mapping[str, Any]
 
 
 class Rollouts:
@@ -94,7 +96,7 @@ class Rollouts:
             table: see there.
             accelerator: of the run.
         """
-        self._prompts, self._table = prompts, table
+        self._prompts, self._table, self._accelerator = prompts, table, accelerator
         self._dealer = Dealer(prompts, schedule.items, table, accelerator)
         self.schedule = RolloutSchedule(prompts=schedule, num_updates=table.rules.num_updates)
         self.state: Mapping[str, Any] = table.rules.state
@@ -128,9 +130,15 @@ class Rollouts:
         return [self._prompts.origin(item[0]) or f"prompt {item[0]}" for share in shares for item in share]
 
     def cursor(self, step: int) -> dict[str, Any]:
-        """Where optimizer step `step` begins, and what the stage remembers; JSON-able."""
+        """Where optimizer step `step` begins, and what the stage remembers there; JSON-able.
+
+        That step is also the one whose rollout `keeper` keeps. It may be an earlier one than the last that was asked
+        for: a step that is given up, with the rollout that it began, is done anew.
+        """
+        self._next_step = step
         number, place = divmod(step, self.schedule.num_updates)
-        return {"rollout": number, "update": place, "state": dict(self.state)}
+        later = self._kept.get(number + (place > 0))  # was played behind the place that is meant
+        return {"rollout": number, "update": place, "state": dict(self.state if later is None else later.state_before)}
 
     def one_pass(self, rank: int) -> Iterator[list[ExperienceBatch]]:
         """One answer to every prompt, with the same seeds each time; for an evaluation."""
@@ -146,7 +154,10 @@ class Rollouts:
             yield self._with_metrics(parts, drawn.metrics)
 
     def keeper(self) -> Callable[[Path], None]:
-        """A function that writes the rollout now in use into a checkpoint; nothing where the next step begins one."""
+        """A function that writes the rollout now in use into a checkpoint; nothing where the next step begins one.
+
+        Every process must ask for it, because each has a part of the rollout.
+        """
         return partial(_write_tensors, self._tensors())
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -155,13 +166,21 @@ class Rollouts:
         if not place or kept is None:
             return {}
         sizes = [[prompt, *answers] for prompt, answers in kept.sizes]
-        own = to_tensors(list(kept.experiences.values()))
         return {
-            **own,
+            **to_tensors(self._of_all_ranks(kept.experiences)),
             "table.sizes": torch.tensor(sizes),
             "table.weights": torch.from_numpy(kept.weights),
             "table.ranks": torch.tensor([rank for rank, share in enumerate(kept.ranks) for _ in share]),
         }
+
+    def _of_all_ranks(self, experiences: Mapping[int, Experience]) -> list[Experience]:
+        if self._accelerator.num_processes == 1:
+            return list(experiences.values())
+        from accelerate.utils import gather_object
+
+        parts: list[Mapping[int, Experience]] = gather_object([dict(experiences)])
+        found = {place: one for part in parts for place, one in part.items()}
+        return [found[place] for place in sorted(found)]
 
     def restore(self, cursor: Mapping[str, Any], checkpoint: Path) -> None:
         """Takes up a checkpoint: what the stage remembers, and the rollout that is in use."""
@@ -173,14 +192,13 @@ class Rollouts:
         tensors = load_file(checkpoint / FILE)
         sizes = [(row[0], row[1:]) for row in tensors.pop("table.sizes").tolist()]
         weights = tensors.pop("table.weights").numpy()
-        owners = tensors.pop("table.ranks").tolist()
+        owners, num_ranks = tensors.pop("table.ranks").tolist(), self._accelerator.num_processes
         ranks = [
-            [place for place, owner in enumerate(owners) if owner == rank]
-            for rank in range(max(owners, default=0) + 1)
+            [place for place, owner in enumerate(owners) if owner % num_ranks == rank] for rank in range(num_ranks)
         ]
         experiences = {one.place: one for one in from_tensors(tensors)}
         self._kept[int(cursor["rollout"])] = _Rollout(
-            experiences=experiences, sizes=sizes, ranks=ranks, weights=weights, metrics={}
+            experiences=experiences, sizes=sizes, ranks=ranks, weights=weights, metrics={}, state_before={}
         )
 
     def _play(self, number: int) -> _Rollout:
@@ -190,7 +208,7 @@ class Rollouts:
         drawn = self._dealer.draw(shares, rules.group_size, (number,), num_redraws=rules.num_redraws)
         measured = self._dealer.measured(drawn.experiences)
         judged: Judged = rules.judge(drawn.played, measured, self.state, self._dealer.total)
-        self.state, metrics = judged.state, drawn.metrics
+        before, self.state, metrics = self.state, judged.state, drawn.metrics
         flat = np.ptp(drawn.played.rewards, axis=1) <= 1e-8
         if rules.group_size > 1:
             metrics["flat_groups"] = as_metric(flat)
@@ -206,7 +224,8 @@ class Rollouts:
             )
         if self.journal is not None:
             self.journal.write(number * self.schedule.num_updates, drawn.scored, judged.experiences)
-        return _rollout(judged.experiences, drawn, shares, judged.weights, {**metrics, **judged.metrics})
+        rollout = _rollout(judged.experiences, drawn, shares, judged.weights, {**metrics, **judged.metrics})
+        return replace(rollout, state_before=before)
 
     def _window(self, rollout: _Rollout, number: int, place: int, rank: int) -> Window:
         """One optimizer step of a rollout."""
@@ -284,6 +303,7 @@ def _rollout(
         ranks=[[next(places) for _ in share] for share in shares],
         weights=weights,
         metrics=metrics,
+        state_before={},
     )
 
 

@@ -213,17 +213,21 @@ class FilesWithExperience(ModelFiles):
         """Wraps both; nothing is copied yet."""
         self._files, self._rollouts = files, rollouts
 
-    def write(self, folder: Path) -> None:
-        """Writes everything as it is now."""
-        self._files.write(folder)
-        self._rollouts.keeper()(folder)
-
-    def copy(self) -> Callable[[Path], None]:
-        """Copies what training changes, and gives a function that writes the copy, for any thread."""
-        write, keep = self._files.copy(), self._rollouts.keeper()
+    def prepare(self, *, is_async: bool, is_writer: bool, in_shards: bool = False) -> Callable[[Path], None]:
+        """See `ModelFiles`; the rollout is gathered from all processes at once."""
+        write = self._files.prepare(is_async=is_async, is_writer=is_writer, in_shards=in_shards)
+        keep = self._rollouts.keeper()
 
         def write_both(folder: Path) -> None:
             write(folder)
             keep(folder)
 
         return write_both
+
+    def shards(self) -> Mapping[str, Tensor]:
+        """Those of the model."""
+        return self._files.shards()
+
+    def write_whole(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """The model alone."""
+        self._files.write_whole(folder, weights)

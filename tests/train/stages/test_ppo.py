@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from llamafactory.extras import failpoints
 from llamafactory.extras.errors import ConfigError
 from llamafactory.train import rl
 from llamafactory.train.experience import Experience
@@ -86,6 +90,32 @@ def test_a_resumed_run_is_the_same_run(run: Callable[..., Any], tmp_path: Path) 
         assert [old.get(key) for key in ("loss", "kl", "kl_coefficient")] == [
             new.get(key) for key in ("loss", "kl", "kl_coefficient")
         ]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+@pytest.mark.parametrize("step", [4, 5])
+def test_a_run_that_is_stopped_within_an_update_is_the_same_run(
+    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """A rollout has four updates: the last one needs its rollout once more, and the fifth is played once more."""
+    options = {"ppo_score_norm": True}
+    whole = run(**options)
+    shutil.rmtree(tmp_path / "out")
+    visits: Counter[str] = Counter()
+
+    def visit(name: str) -> bool:
+        visits[name] += 1
+        if name == "micro" and visits["step"] == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return False
+
+    with monkeypatch.context() as patch:
+        patch.setattr(failpoints, "visit", visit)
+        run(**options)
+    assert (tmp_path / "out" / f"checkpoint-{step - 1}").is_dir()
+    again = run(**options)
+    keys = ("loss", "kl", "kl_coefficient")
+    assert [[row.get(key) for key in keys] for row in again] == [[row.get(key) for key in keys] for row in whole]
 
 
 def test_advantages_are_those_of_the_formula() -> None:
