@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llamafactory.train import agreement
-from llamafactory.train.agreement import Turns
+from llamafactory.train.agreement import Turns, together
 
 
 class Ranks:
@@ -79,3 +79,30 @@ def test_micro_batches_that_take_long_are_asked_at_each(monkeypatch: pytest.Monk
 def test_one_process_only_looks_at_its_own_flag() -> None:
     turns = Turns(SimpleNamespace(num_processes=1))
     assert [turns.ask(0), turns.ask(2), turns.ask(0)] == [0, 2, 0]
+
+
+@pytest.mark.parametrize("failing", [None, 0, 2])
+def test_where_the_disk_fails_one_process_none_goes_on(failing: int | None) -> None:
+    ranks, ended = Ranks(3), [""] * 3
+
+    def write(rank: int) -> int:
+        if rank == failing:
+            raise OSError(28, "No space left on device")
+        return rank
+
+    def work(rank: int) -> None:
+        try:
+            ended[rank] = str(together(ranks.accelerator(rank), lambda: write(rank)))
+        except OSError as error:
+            ended[rank] = str(error)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    other = "another process could not read or write"
+    expected = [str(rank) for rank in range(3)] if failing is None else [other] * 3
+    if failing is not None:
+        expected[failing] = "[Errno 28] No space left on device"
+    assert ended == expected

@@ -90,6 +90,9 @@ def test_the_end_names_rank_line_and_rows(monkeypatch: pytest.MonkeyPatch, capsy
     one.doing = lambda: {}["nothing"]
     one._end(beat)
     assert "rows cannot be named (KeyError)" in reasons[1]
+    killed.clear()
+    one._end({**beat, "pids": "pid:[another container]"})  # where its number is that of another process
+    assert not killed
 
 
 def test_alone_nobody_is_watched() -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -12,6 +13,7 @@ from llamafactory.train.metrics import summed
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+MadeT = TypeVar("MadeT")
 ASK_SECONDS = 1.0
 """How often processes ask each other, about."""
 _MOST_BETWEEN = 16
@@ -56,3 +58,19 @@ def agree(accelerator: Accelerator, signal: int, seconds: float = 0.0) -> tuple[
     told[accelerator.process_index] = torch.tensor([float(signal), seconds])
     number, longest = summed(accelerator, told).max(dim=0).values.tolist()
     return int(number), longest
+
+
+def together(accelerator: Accelerator, work: Callable[[], MadeT]) -> MadeT:
+    """What `work` makes in this process; where the disk fails one process, no process goes on without it.
+
+    Raises:
+        OSError: here or in another process.
+    """
+    try:
+        made = work()
+    except OSError:
+        agree(accelerator, 1)
+        raise
+    if agree(accelerator, 0)[0]:
+        raise OSError("another process could not read or write")
+    return made

@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from llamafactory.extras import log
 from llamafactory.extras.errors import LlamaFactoryError
 from llamafactory.extras.files import user_cache_dir
 from llamafactory.model.shards import is_sharded
+from llamafactory.train.agreement import together
 from llamafactory.train.answers import reference_logps
 
 if TYPE_CHECKING:
@@ -115,17 +117,14 @@ def with_known_reference(
         for name, feed in feeds.items():
             filler = _Filler(feed, models, accelerator)
             known = _known(filler.digest, identity, filler.starts, root)
-            if not accelerator.is_local_main_process:
-                accelerator.wait_for_everyone()
+            if accelerator.is_local_main_process:
+                together(accelerator, partial(known.create, remakes=remakes))
             else:
-                try:
-                    known.create(remakes=remakes)
-                finally:
-                    accelerator.wait_for_everyone()
-            filler.fill(known, name)
-            accelerator.wait_for_everyone()
+                together(accelerator, lambda: None)
+            missing = together(accelerator, known.missing)  # before anyone writes
+            together(accelerator, partial(filler.fill, known, missing, name))
+            together(accelerator, known.require_complete)
             found[name] = replace(feed, read=_reader(feed, filler.places, known))
-            known.require_complete()
     except OSError as error:
         log.warn(f"reference log-probabilities cannot be kept in {root}: {error}; the reference runs in every step")
         return None
@@ -223,11 +222,9 @@ class _Filler:
         self.digest = digest.hexdigest()
         self.starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
 
-    def fill(self, known: Known, name: str) -> None:
-        """Computes this process's share of what is missing, and compares a few of those that were there."""
-        missing = known.missing()
+    def fill(self, known: Known, missing: NDArray[np.int64], name: str) -> None:
+        """Computes this process's share of the missing rows, and compares a few of those that were there."""
         there = np.setdiff1d(np.arange(len(self.items)), missing)
-        self._accelerator.wait_for_everyone()  # before anyone writes
         num_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         share = missing[self._accelerator.local_process_index :: num_local].tolist()
         log.info(

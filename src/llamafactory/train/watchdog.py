@@ -121,7 +121,7 @@ class Watchdog:
         with self._lock:
             self._count += 1
             beat = {"count": self._count, "done": is_done, "pid": os.getpid(), "host": socket.gethostname(),
-                    "boot_id": boot_id(), "signal": self._stop_request.signal,
+                    "boot_id": boot_id(), "pids": _pid_space(), "signal": self._stop_request.signal,
                     "line": where(self._frame())}  # fmt: skip
             try:
                 self._store.set(f"{_PREFIX}/{self._rank}", json.dumps(beat))
@@ -162,7 +162,7 @@ class Watchdog:
         if frame is not None:
             print("".join(traceback.format_stack(frame)), file=sys.stderr, flush=True)
         self._on_end(reason)  # only the first rank writes
-        if beat["boot_id"] == boot_id() and hasattr(signal, "SIGKILL"):
+        if (beat["boot_id"], beat["pids"]) == (boot_id(), _pid_space()) and hasattr(signal, "SIGKILL"):
             try:
                 os.kill(beat["pid"], signal.SIGKILL)  # a stopped process hears nothing else
             except OSError:
@@ -176,6 +176,14 @@ class Watchdog:
         except Exception as error:  # the main thread is in the middle of something; that must not keep this one alive
             return f", in a step whose rows cannot be named ({type(error).__name__})"
         return f", in {doing}" if doing else ""
+
+
+def _pid_space() -> str:
+    """What the numbers of processes belong to: in another container the same number is another process."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return socket.gethostname()
 
 
 def where(frame: FrameType | None) -> str:
