@@ -5,14 +5,14 @@ import os
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
+from filelock import BaseFileLock, FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 
 from llamafactory import cli
 from llamafactory.data.kept_rows import KeptRows, choose_unneeded, find_kept, remove
 from llamafactory.data.table import ShardBuilder
-from llamafactory.data.token_cache import TokenCache
+from llamafactory.data.token_cache import TokenCache, TokenCaches
 from llamafactory.extras.errors import ConfigError
 
 DAY = 86_400.0
@@ -37,10 +37,24 @@ def test_what_is_kept_is_found_the_latest_first(tmp_path: Path) -> None:
     keep(tmp_path, "stopped", days=5, is_complete=False)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "manifest.json").write_text("{}")
+    for files in ((".lock",), (".lock", "manifest.json"), (".lock", "manifest.json", "000000.safetensors")):
+        folder = tmp_path / f"another program's {len(files)}"
+        folder.mkdir()
+        for name in files:
+            (folder / name).write_text("{}")
     found = find_kept(tmp_path)
     assert [(one.name, one.is_complete) for one in found] == [("new", True), ("", False), ("old", True)]
     assert all(one.num_bytes == sum(path.stat().st_size for path in one.folder.iterdir()) for one in found)
     assert find_kept(tmp_path / "nowhere") == []
+
+
+def test_names_of_any_letters_have_folders_of_their_own(tmp_path: Path) -> None:
+    caches = TokenCaches(root=tmp_path, is_named=True)
+    names = ("rows", "数据", "训练", "a b", "a_b", "../a", "..")
+    folders = [caches.find("train", name, {}).folder for name in names]
+    assert folders[0].name == "train-rows"
+    assert len({str(folder) for folder in folders}) == len(names)
+    assert {folder.parent for folder in folders} == {tmp_path}
 
 
 def test_reading_is_a_use(tmp_path: Path) -> None:
@@ -82,6 +96,28 @@ def test_only_own_files_go_and_never_beside_a_writer(tmp_path: Path) -> None:
     assert [path.name for path in second.folder.iterdir()] == ["notes.txt"]
     assert remove(find_kept(tmp_path)[0])
     assert not first.folder.exists()
+
+
+def test_who_waits_for_a_folder_that_is_removed_makes_it_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = keep(tmp_path, "a", days=2)
+    acquired = TokenCache._acquired
+    times: list[int] = []
+
+    def late(self: TokenCache) -> BaseFileLock:
+        lock = acquired(self)
+        times.append(1)
+        if len(times) == 1:  # what another process removes while this one waits
+            for path in self.folder.iterdir():
+                path.unlink()
+            self.folder.rmdir()
+        return lock
+
+    monkeypatch.setattr(TokenCache, "_acquired", late)
+    with cache.only_writer():
+        cache.seal(0, ShardBuilder().build(), {"num_rows": 0})
+        assert (cache.folder / ".lock").exists()
+    assert len(times) == 2
+    assert cache.has(0)
 
 
 def test_the_command_lists_and_prunes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

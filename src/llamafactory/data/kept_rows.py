@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 from llamafactory.data.token_cache import LOCK, MANIFEST, TokenCache
 
 _DAY = 86_400.0
+_SHARDS = "[0-9]" * 6 + ".safetensors"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,8 +43,10 @@ def find_kept(root: Path) -> list[KeptRows]:
     for lock in root.glob(f"*/{LOCK}"):
         folder = lock.parent
         with suppress(OSError):  # it may go while we look
-            stats = [path.stat() for path in _own_files(folder)]
             manifest = TokenCache(folder=folder, parts={}).manifest() or {}
+            if not manifest and ((folder / MANIFEST).exists() or not any(folder.glob(_SHARDS))):
+                continue  # another program's lock, or nothing to keep yet
+            stats = [path.stat() for path in _own_files(folder)]
             one = KeptRows(
                 folder=folder,
                 name=str(manifest.get("name", "")),
@@ -101,14 +104,15 @@ def remove(one: KeptRows) -> bool:
         for path in _own_files(one.folder):
             if path.name != LOCK:
                 path.unlink(missing_ok=True)
+        with suppress(OSError):  # while it is held: who waits for it sees that it is gone. (Not on Windows)
+            (one.folder / LOCK).unlink()
     finally:
         lock.release()
-    (one.folder / LOCK).unlink(missing_ok=True)
     with suppress(OSError):  # other files are in it
         one.folder.rmdir()
     return True
 
 
 def _own_files(folder: Path) -> list[Path]:
-    patterns = (LOCK, MANIFEST, "[0-9]*.safetensors", ".[0-9]*.safetensors.*")
+    patterns = (LOCK, MANIFEST, _SHARDS, f".{_SHARDS}.*")
     return [path for pattern in patterns for path in folder.glob(pattern)]

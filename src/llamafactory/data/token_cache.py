@@ -12,10 +12,11 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
 from llamafactory.data.cache_key import key_of
 from llamafactory.data.shard_file import DamagedShardError, read_shard, write_shard
@@ -131,19 +132,26 @@ class TokenCache:
             DataError: the folder cannot be written.
         """
         with _explained(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.folder / LOCK)
-            try:
-                lock.acquire(timeout=_PATIENCE)
-            except Timeout:
-                log.info(f"waiting for another process that tokenises into {self.folder}")
-                lock.acquire()
+            lock = self._acquired()
+            while not (self.folder / LOCK).exists():  # the folder was removed while this process waited
+                lock.release()
+                lock = self._acquired()
         try:
             for left in self.folder.glob(".*.safetensors.*"):
                 left.unlink(missing_ok=True)
             yield
         finally:
             lock.release()
+
+    def _acquired(self) -> BaseFileLock:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.folder / LOCK)
+        try:
+            lock.acquire(timeout=_PATIENCE)
+        except Timeout:
+            log.info(f"waiting for another process that tokenises into {self.folder}")
+            lock.acquire()
+        return lock
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:06d}.safetensors"
@@ -201,7 +209,10 @@ class TokenCaches:
         """
         if not self.is_named:
             return TokenCache(folder=self.root / key_of(parts), parts=parts, use=use, name=name)
-        folder = self.root / f"{use}-{re.sub(r'[^A-Za-z0-9._-]+', '_', name)}"
+        plain = re.sub(r"[^A-Za-z0-9._-]+", "_", name)
+        if plain != name:  # two names of other letters shall not meet in one folder
+            plain += f"-{sha256(name.encode()).hexdigest()[:8]}"
+        folder = self.root / f"{use}-{plain}"
         cache = TokenCache(folder=folder, parts=parts, use=use, name=name)
         if not self.remakes and (manifest := cache.manifest()) is not None:
             _refuse_difference(folder, manifest["key"], parts)
