@@ -123,6 +123,20 @@ def test_a_file_of_other_weights_is_not_continued(train_config, tmp_path, tiny_m
     assert run_exp(train_config(**options | changed)).exit_code == 0
 
 
+def test_predictions_that_are_in_the_way_cost_no_report_of_the_training(train_config, tmp_path):
+    cfg = train_config(val_size=0.2, **PREDICT)
+    (tmp_path / "out").mkdir(exist_ok=True)
+    (tmp_path / "out" / NAME).write_text("{}\n")
+    with pytest.raises(ConfigError, match="holds generated_predictions.jsonl of another run"):
+        run_exp(cfg)
+    assert (tmp_path / "out" / NAME).read_text() == "{}\n"
+    results = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    assert {"train_loss", "eval_loss"} <= set(results)
+    assert (tmp_path / "out" / "README.md").is_file()
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert (record["state"], "another run" in record["error"]) == ("failed", True)
+
+
 def test_rows_that_teach_nothing_would_move_the_split(train_config, tmp_path):
     train_config()
     rows = [

@@ -108,6 +108,11 @@ def test_the_command_writes_lines_and_a_summary(made, capsys, tmp_path):
     assert summary["min"] <= summary["mean"] <= summary["max"]
     with pytest.raises(ConfigError, match="is there already"):
         score.main([*words, f"--output={tmp_path / 'scores.jsonl'}"])
+    with pytest.raises(ConfigError, match="--output: cannot be written: No such file"):
+        score.main([*words, f"--output={tmp_path / 'nowhere' / 'scores.jsonl'}"])
+    with pytest.raises(LlamaFactoryError):
+        score.main([*words, f"dataset={made / 'no rows.jsonl'}", f"--output={tmp_path / 'more.jsonl'}"])
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.jsonl"]
 
 
 def test_what_is_no_reward_model_is_refused(made, repo_dir, tiny_model_dir):

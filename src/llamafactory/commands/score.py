@@ -40,9 +40,12 @@ def main(argv: list[str]) -> int:
         summary = _write(score_rows(config), sys.stdout)
     else:
         staging = target.with_name(f".{target.name}.part")
-        with staging.open("w", encoding="utf-8") as file:
-            summary = _write(score_rows(config), file)
-        staging.replace(target)
+        try:
+            with _opened(staging, target) as file:
+                summary = _write(score_rows(config), file)
+            staging.replace(target)
+        finally:
+            staging.unlink(missing_ok=True)
     _say(summary, as_json="json" in own)
     return 1 if summary["failed"] else 0
 
@@ -60,6 +63,15 @@ def _split(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         if not own[key.removeprefix("--")]:
             raise ConfigError(Problem(key=key, message="has no value", fix=f"{key} FILE"))
     return words, own
+
+
+def _opened(staging: Path, target: Path) -> TextIO:
+    try:
+        return staging.open("w", encoding="utf-8")
+    except OSError as error:
+        message = f"cannot be written: {error.strerror or error}"
+        problem = Problem(key="--output", given=str(target), message=message, fix="name another file")
+        raise ConfigError(problem) from error
 
 
 def _write(lines: Iterable[Mapping[str, Any]], stream: TextIO) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from llamafactory.extras import failpoints, log
-from llamafactory.extras.errors import SaveError
+from llamafactory.extras.errors import LlamaFactoryError, SaveError
 from llamafactory.extras.files import fsync, write_json
 from llamafactory.model.shards import WEIGHT_SHARDS, read_whole
 from llamafactory.train import memory_use
@@ -188,7 +188,7 @@ def write_outcome(cfg: RunConfig, job: Job, record: RunRecord, result: FitResult
             _write_final_weights(job, best, write)
             write_results(job.output_dir, "train", metrics)
     try:
-        predicted, evaluation = _predict(job, _last_evaluation(job, result, best))
+        predicted, evaluation, refused = _predict_if_possible(job, _last_evaluation(job, result, best))
     except StopSignal as stopped:
         if result is None:
             raise
@@ -201,6 +201,7 @@ def write_outcome(cfg: RunConfig, job: Job, record: RunRecord, result: FitResult
                 write_results(job.output_dir, "predict", predicted)
             _write_reports(cfg, job, record, result, metrics, evaluation, memory)
     job.accelerator.wait_for_everyone()
+    _raise(refused)
     done = f"done: {result.state.step} steps" if result else "done: evaluation"
     done += " and predictions" if predicted else ""
     if result and result.stopped_early:
@@ -251,6 +252,23 @@ def _last_evaluation(job: Job, result: FitResult | None, best: Path | None) -> d
         return dict(result.state.best["values"])
     writes = job.predictions is not None and job.predictions.is_written  # scores come with the file
     return (result.evaluation if result else None) or evaluate(job, generates=not writes)
+
+
+def _predict_if_possible(
+    job: Job, evaluation: dict[str, float]
+) -> tuple[dict[str, float], dict[str, float], LlamaFactoryError | None]:
+    """As `_predict`; and what keeps it from its work, such as predictions of another run, which costs no report."""
+    try:
+        return *_predict(job, evaluation), None
+    except SaveError:
+        raise
+    except LlamaFactoryError as error:
+        return {}, evaluation, error
+
+
+def _raise(error: LlamaFactoryError | None) -> None:
+    if error is not None:
+        raise error
 
 
 def _predict(job: Job, evaluation: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
