@@ -37,6 +37,12 @@ def test_what_has_no_weight_does_not_count():
     found = read_spread(spread_of(torch.tensor([0.0, 50.0, 0.0]), weights))
     assert found == {"max": 0.0, "p95": 0.0}
     assert read_spread(spread_of(torch.tensor([3.0]), torch.zeros(1))) == {}
+    assert read_spread(spread_of(torch.tensor([3.0, torch.nan]), torch.tensor([1.0, 0.0])))["max"] == 3.0
+
+
+def test_what_is_not_a_number_is_counted_and_ends_nothing():
+    found = read_spread(spread_of(torch.tensor([torch.nan, 1.0, torch.inf]), torch.ones(3)))
+    assert found["max"] == float("inf")
 
 
 @pytest.mark.parametrize("value", [1e-12, 1e-8, 1.0, 999.0, 1e3, 1e6, float("inf")])

@@ -23,13 +23,14 @@ def spread_of(values: Tensor, weights: Tensor) -> Tensor:
     """Counts values.
 
     Args:
-        values: `[n]`, none negative.
+        values: `[n]`, none negative; what is not a number counts as infinite, so that the guard of steps can name it.
         weights: `[n]`; a value whose weight is not above 0 does not count.
 
     Returns:
         Float32 `[bins + 1]` on the device, without gradient: the number of values in each bin, then the largest.
     """
-    values, counts = values.detach().float(), (weights > 0).float()
+    values = values.detach().float().nan_to_num(nan=torch.inf, posinf=torch.inf)
+    counts = (weights > 0).float()
     places = ((values.clamp(_SMALLEST, _LARGEST) / _SMALLEST).log10() * _PER_DECADE).floor().long() + 1
     places = torch.where(values < _SMALLEST, 0, places)
     table = values.new_zeros(_BINS + 1).index_add_(0, places.clamp(max=_BINS - 1), counts)
