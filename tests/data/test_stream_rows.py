@@ -154,3 +154,14 @@ def test_other_files_are_passed_over_row_by_row(tmp_path: Path, capsys: pytest.C
     again = StreamRows([spec_of(file)], options_of())
     expected = [row.origin for _, row in islice(again, 45)]
     assert [row.origin for _, row in islice(resumed, 4)] == expected[41:45]
+
+
+@pytest.mark.parametrize("changes", [{"probs": (0.5, 0.5)}, {"strategy": "concat"}, {"buffer_size": 3}, {"seed": 4}])
+def test_a_place_in_another_order_is_passed_over_to(changes: dict[str, Any], tmp_path: Path) -> None:
+    specs = [spec_of(write(tmp_path, "jsonl", 20, name)) for name in ("a", "b")]
+    before = StreamRows(specs, options_of(strategy="interleave_over", num_held_out=(0, 0)))
+    list(islice(before, 11))
+    options = options_of(**{"strategy": "interleave_over", "num_held_out": (0, 0)} | changes)
+    expected, found = StreamRows(specs, options), StreamRows(specs, options)
+    found.seek(before.state_of(before.mark()))
+    assert list(islice(found, 15)) == list(islice(expected, 11, 26))

@@ -125,7 +125,7 @@ class StreamRows:
         }
         if all(map(_has_places, self._specs)) and mark.mixed:
             held = [(number, row.place) for number, row in mark.held if row.place is not None]
-            state |= {"files": _files_of(self._specs), "mixed": mark.mixed, "shuffled": mark.shuffled,
+            state |= {"files": _order_of(self._specs, self._options), "mixed": mark.mixed, "shuffled": mark.shuffled,
                       "held": _packed(held)}  # fmt: skip
         return state
 
@@ -136,7 +136,7 @@ class StreamRows:
             DataError: unreadable data, or a row is no longer where it was.
         """
         drawn = [int(state["drawn"].get(spec.name, 0)) for spec in self._specs]
-        if state.get("files") == _files_of(self._specs):
+        if state.get("files") == _order_of(self._specs, self._options):
             self._begin(
                 state["epoch"], mixed=state["mixed"], shuffled=state["shuffled"], held=_unpacked(state["held"])
             )
@@ -216,9 +216,10 @@ def _has_places(spec: DatasetSpec) -> bool:
     return spec.source in ("file", "cloud")
 
 
-def _files_of(specs: Sequence[DatasetSpec]) -> str:
-    """A name for the files and their sizes: in others a place means nothing."""
-    facts: list[Any] = []
+def _order_of(specs: Sequence[DatasetSpec], options: StreamOptions) -> str:
+    """A name for the files, their sizes, and the order of their rows: in another one a place means nothing."""
+    facts: list[Any] = [options.strategy, options.probs, options.buffer_size, options.seed, options.max_samples]
+    facts.append(options.num_held_out)
     for spec in specs:
         files = list_files(Path(spec.location)) if spec.source == "file" else []
         facts.append([spec.source, spec.split, *((file.name, file.stat().st_size) for file in files)])
