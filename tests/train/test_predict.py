@@ -6,11 +6,16 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
+from llamafactory.data.table import ShardBuilder, table_of
+from llamafactory.data.types import Example
 from llamafactory.extras.errors import ConfigError, DataError
+from llamafactory.train.predict_parts import _require_same_split
 from llamafactory.train.predictions_file import NAME
 from llamafactory.train.text_scores import mean_scores
 from llamafactory.train.tuner import run_exp
@@ -149,6 +154,20 @@ def test_rows_that_teach_nothing_would_move_the_split(train_config, tmp_path):
     )
     with pytest.raises(DataError, match=r"other rows for predictions[\s\S]*9 rows with something to learn, 10 with"):
         run_exp(train_config(val_size=0.3, max_steps=1, **PREDICT))
+
+
+def test_as_many_rows_that_are_others_would_move_the_split_too():
+    def prepared(*rows):
+        builder = ShardBuilder()
+        for row in rows:
+            builder.add([Example(input_ids=np.ones(2, np.int32), labels=np.ones(2, np.int32))])
+            builder.note_origin(f"rows.json#{row}")
+        report = SimpleNamespace(datasets=[SimpleNamespace(name="rows", num_kept=len(rows))])
+        return SimpleNamespace(evaluation={"eval": table_of([builder.build()])}, report=report)
+
+    _require_same_split(prepared(1, 3), prepared(1, 3))
+    with pytest.raises(DataError, match="but not the same ones"):
+        _require_same_split(prepared(1, 3), prepared(1, 4))
 
 
 RUN = """

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from llamafactory.data.pipeline import PreparedData
-    from llamafactory.data.table import ExampleTable
+    from llamafactory.data.table import Examples, ExampleTable
     from llamafactory.data.types import Template
     from llamafactory.hparams.run_config import RunConfig
     from llamafactory.train.output_dir import Claim
@@ -76,6 +76,20 @@ def _require_same_split(data: PreparedData, prompts: PreparedData) -> None:
                 expected="the same rows",
                 fix="remove the rows without an answer, or name held-out rows as eval_dataset",
             )
+    for name, table in data.evaluation.items():
+        if _origins(table) != _origins(prompts.evaluation[name]):
+            raise DataError(
+                "val_size would hold out other rows for predictions than for evaluation",
+                where=name,
+                found="as many rows with something to learn as with a prompt, but not the same ones",
+                expected="the same rows",
+                fix="remove the rows without an answer or without a prompt, or name held-out rows as eval_dataset",
+            )
+
+
+def _origins(table: Examples) -> list[str]:
+    """Where each row comes from."""
+    return [table.origin(int(first)) for first in table.offsets[:-1]]
 
 
 def _prefix(name: str) -> str:
