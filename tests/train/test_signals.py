@@ -24,6 +24,10 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, str]]]:
     monkeypatch.setattr(signals, "_end", lambda code, line: found.append((code, line)))
     yield found
     assert StopRequest._active is None
+    timers = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+    for timer in timers:
+        timer.join(10)
+    assert not any(timer.is_alive() for timer in timers), "it would end this process later"
 
 
 def test_exit_codes() -> None:

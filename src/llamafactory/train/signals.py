@@ -112,6 +112,7 @@ class StopRequest:
             if "LOCAL_RANK" in os.environ and time.monotonic() - self._since < _ECHO_SECONDS:
                 return
             _end(exit_code_of(number), f"stopped at once by a second {signal.Signals(number).name}: nothing was saved")
+            return
         self.signal, self._since = number, time.monotonic()
         self._timer = threading.Timer(self.grace, self._too_late)
         self._timer.daemon = True
