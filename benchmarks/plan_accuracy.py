@@ -54,6 +54,15 @@ CONFIGS: list[dict[str, Any]] = [
      "num_generations": 16, "max_new_tokens": 16, "reward_functions": "length:32"},
 ]  # fmt: skip
 
+WATCHER = """
+import resource, subprocess, sys
+code = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(code)
+"""
+"""A small process between us and the run: Linux counts the peak of the process that calls exec, before it does, as
+the new program's own, so that a run started from a large process would seem at least as large as that."""
+
 
 def write_rows(folder: Path, num_rows: int = 48, words: int = 2200) -> None:
     """Rows longer than every cutoff_len, so that each row has exactly that many tokens; and pairs of such answers."""
@@ -85,17 +94,12 @@ def measure(config: dict[str, Any], folder: Path, threads: int) -> dict[str, Any
     options = COMMON | {"dataset_dir": str(folder), "output_dir": str(output)} | config
     words = [f"{key}={json.dumps(value) if isinstance(value, bool) else value}" for key, value in options.items()]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "llamafactory", "train", *words]
-    with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    ) as child:
-        errors = child.stderr.read().decode() if child.stderr else ""
-        _, status, usage = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
+    command = [sys.executable, "-c", WATCHER, sys.executable, "-m", "llamafactory", "train", *words]
+    child = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if child.returncode:
-        raise RuntimeError(f"{config} ended with {child.returncode}:\n{errors[-2000:]}")
+        raise RuntimeError(f"{config} ended with {child.returncode}:\n{child.stderr[-2000:]}")
     plan = json.loads((output / "run.json").read_text(encoding="utf-8"))["plan"]
-    measured = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    measured = int(child.stdout.split()[-1]) * (1 if sys.platform == "darwin" else 1024)
     forecast = plan["costs"]["memory"]["total"]
     return {
         "config": config,

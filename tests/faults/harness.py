@@ -250,6 +250,11 @@ class Place:
         """What a finished run left."""
         return outcome_of(self.folder / name, self.folder / f"{name}.trace")
 
+    def is_finished(self, name: str) -> bool:
+        """Whether the run says of itself that it is done, as it does in its very last write."""
+        record = self.folder / name / "run.json"
+        return record.exists() and json.loads(record.read_text())["state"] == "finished"
+
     def seconds_of(self, name: str, *more: str) -> tuple[Outcome, float]:
         """Like `finish`, with the time it took."""
         started = time.monotonic()
@@ -290,6 +295,8 @@ def kill_at_random(place: Place, name: str, kills: int, span: float, rng: random
             assert run.code == 0, f"{run.code}: {run.text[-4000:]}"
             return survived
         survived += 1
+        if place.is_finished(name):  # killed between its last word and its exit
+            return survived
     run = place.begin(name)
     code = run.wait()
     assert code == 0, f"{code}: {run.text[-4000:]}"
