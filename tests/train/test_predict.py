@@ -15,6 +15,7 @@ import torch
 from llamafactory.data.table import ShardBuilder, table_of
 from llamafactory.data.types import Example
 from llamafactory.extras.errors import ConfigError, DataError
+from llamafactory.train.predict import weights_digest
 from llamafactory.train.predict_parts import _require_same_split
 from llamafactory.train.predictions_file import NAME
 from llamafactory.train.text_scores import mean_scores
@@ -126,6 +127,23 @@ def test_a_file_of_other_weights_is_not_continued(train_config, tmp_path, tiny_m
     assert (tmp_path / "out" / NAME).read_bytes() == before
     changed = {"model_name_or_path": str(other), "overwrite_output_dir": True}
     assert run_exp(train_config(**options | changed)).exit_code == 0
+
+
+@pytest.mark.parametrize("change", ["rows", "elements", "name", "shape", "type", "sign of zero"])
+def test_the_digest_of_weights_sees_a_permutation(change):
+    weight = torch.arange(6.0).reshape(2, 3)
+    holder = torch.nn.Module()
+    holder.register_buffer("weight", weight)
+    other = torch.nn.Module()
+    changed = {
+        "rows": weight[[1, 0]], "elements": weight[:, [1, 0, 2]], "name": weight, "shape": weight.reshape(3, 2),
+        "type": weight.to(torch.float64), "sign of zero": torch.where(weight == 0, -0.0, weight),
+    }  # fmt: skip
+    other.register_buffer("bias" if change == "name" else "weight", changed[change])
+    assert weights_digest(holder) != weights_digest(other)
+    other.register_buffer("weight", weight.T.contiguous().T)  # other strides, the same numbers
+    if change != "name":
+        assert weights_digest(holder) == weights_digest(other)
 
 
 def test_predictions_that_are_in_the_way_cost_no_report_of_the_training(train_config, tmp_path):

@@ -181,10 +181,13 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """A digest of all weights, quantised ones among them."""
+    """Sha256 of all weights, quantised ones among them: their names, types, shapes and bytes.
+
+    A tensor is copied to the CPU while it is read, one at a time.
+    """
     digest = sha256()
     for name, tensor in model.state_dict().items():
-        if isinstance(tensor, torch.Tensor) and tensor.numel():
-            value = torch.hash_tensor(tensor.detach().flatten()).cpu().view(torch.int64).item()
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {value}\n".encode())
+        if isinstance(tensor, torch.Tensor):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
