@@ -226,13 +226,15 @@ class Place:
     folder: Path
     words: tuple[str, ...]
 
-    def begin(self, name: str, *more: str, fault: str | None = None, **world: Any) -> Run:
+    def begin(
+        self, name: str, *more: str, fault: str | None = None, env: Mapping[str, str] | None = None, **world: Any
+    ) -> Run:
         """Starts a run whose output folder is `name`; `fault` is a failpoint, or several, all of which must come."""
         output = self.folder / name
         run = self.zygote.start(
             ["train", *self.words, f"output_dir={output}", *more],
             self.folder / f"{name}.log",
-            env={"LLAMAFACTORY_FAILPOINT": fault} if fault else {},
+            env={**(env or {}), **({"LLAMAFACTORY_FAILPOINT": fault} if fault else {})},
             trace=self.folder / f"{name}.trace",
             **world,
         )

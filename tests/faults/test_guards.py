@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -169,3 +170,21 @@ def test_a_run_that_gets_no_better_stops_early_also_after_a_kill(make_place):
     assert results["eval_loss"].hex() == logged[best] == min(logged.values(), key=float.fromhex)
     assert place.begin("killed", fault=f"step:{last}:kill").wait() == -9
     assert place.finish("killed") == reference
+
+
+def test_a_run_keeps_its_reference_while_another_one_makes_it_anew(make_place):
+    place: Place = make_place(**CELLS["dpo lora"])
+    env = {"LLAMAFACTORY_REFERENCE_CACHE": str(place.folder / "references")}
+    run = place.begin("used", fault="step:3:sleep=1", env=env)
+    run.reach_fault()
+    run.send(signal.SIGSTOP)
+    (file,) = (place.folder / "references").iterdir()
+    number = file.stat().st_ino
+    other = place.begin("other", "overwrite_cache=true", fault="reference:1:kill", env=env)
+    assert other.wait() == -9, other.text[-2000:]
+    assert file.stat().st_ino != number
+    assert not any(file.read_bytes())  # nothing is known there yet
+    run.send(signal.SIGCONT)
+    assert run.wait() == 0, run.text[-2000:]
+    assert place.begin("other", "overwrite_cache=true", env=env).wait() == 0
+    assert place.outcome("used") == place.outcome("other")

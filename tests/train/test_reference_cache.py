@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -175,3 +177,33 @@ def test_a_full_disk_costs_time_and_nothing_else(
     monkeypatch.setattr(reference_cache.Known, "create", full)
     assert numbers(run()) == expected
     assert "the reference runs in every step" in capfd.readouterr().err
+
+
+MAKE_ANEW = """
+import sys
+from pathlib import Path
+import numpy as np
+from llamafactory.train.reference_cache import Known
+
+known = Known(path=Path(sys.argv[1]), starts=np.array([0, 2, 5]))
+known.create(remakes=True)
+assert known.missing().tolist() == [0, 1]
+known.write([(0, np.array([-7, -7], np.float32))])
+"""
+
+
+def test_a_file_that_another_process_makes_anew_stays_as_it_was_for_its_user(tmp_path: Path) -> None:
+    path = tmp_path / "kept" / "a.logps"
+    values = [np.array([-1, -2], np.float32), np.array([-3, -4, -5], np.float32)]
+    known = reference_cache.Known(path=path, starts=np.array([0, 2, 5]))
+    known.create()
+    assert known.missing().tolist() == [0, 1]
+    known.write(enumerate(values))
+    subprocess.run([sys.executable, "-c", MAKE_ANEW, str(path)], check=True)
+    assert not len(known.missing())
+    assert all((known.read(row) == numbers).all() for row, numbers in enumerate(values))
+    later = reference_cache.Known(path=path, starts=np.array([0, 2, 5]))
+    later.create()
+    assert later.missing().tolist() == [1]  # goes on with what the other process left
+    assert later.read(0).tolist() == [-7, -7]
+    assert sorted(path.parent.iterdir()) == [path]

@@ -16,7 +16,7 @@ from collections import Counter
 
 VARIABLE = "LLAMAFACTORY_FAILPOINT"
 NAMES = (
-    "data", "load", "step", "micro", "eval", "predict", "sample", "final", "log",
+    "data", "load", "step", "micro", "eval", "predict", "sample", "final", "log", "reference",
     "save.start", "save.shards", "save.file", "save.manifest", "save.rename", "save.done", "save.prune",
 )  # fmt: skip
 """The places there are."""

@@ -2,18 +2,24 @@
 
 The name of a file is a digest of the reference's weights, of the token ids and labels of all rows (so of tokenizer,
 template, truncation and partners too), and of how numbers are computed. A file is an array of 4-byte numbers, one a
-supervised token; 0 means "not known yet", so whoever is killed leaves a file that the next run goes on with.
+supervised token; 0 means "not known yet", so whoever is killed leaves a file that the next run goes on with. A run
+holds its files open, and a file that is made anew takes the place of the old one by a rename: a run that uses the old
+one goes on with it.
 What this file never does: decide what the reference is, or load anything that runs code.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import threading
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +29,7 @@ from numpy.typing import NDArray
 
 from llamafactory.data.answer_batch import AnswerGroup, collate_answers
 from llamafactory.data.types import IGNORE_INDEX
-from llamafactory.extras import log
+from llamafactory.extras import failpoints, log
 from llamafactory.extras.errors import LlamaFactoryError
 from llamafactory.extras.files import user_cache_dir
 from llamafactory.model.shards import is_sharded
@@ -142,6 +148,7 @@ class Known:
 
     path: Path
     starts: NDArray[np.int64]
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @property
     def num_bytes(self) -> int:
@@ -149,11 +156,14 @@ class Known:
         return 4 * int(self.starts[-1])
 
     def create(self, *, remakes: bool = False) -> None:
-        """Makes the file, with room for all numbers; one of another size is not ours, and made anew."""
+        """Makes the file, with room for all numbers; one of another size is not ours, and made anew.
+
+        Args:
+            remakes: make it anew in any case. Whoever has opened the file that was there keeps that one.
+        """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if remakes or (self.path.exists() and self.path.stat().st_size != self.num_bytes):
-            self.path.unlink(missing_ok=True)
-        if self.path.exists() or not self.num_bytes:
+        is_there = self.path.exists() and self.path.stat().st_size == self.num_bytes
+        if not self.num_bytes or (is_there and not remakes):
             return
         staging = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         try:
@@ -165,9 +175,25 @@ class Known:
         finally:
             staging.unlink(missing_ok=True)
 
+    @cached_property
+    def _file(self) -> FileIO:
+        try:
+            file = FileIO(self.path, "r+")
+        except PermissionError:  # a cache that somebody else keeps
+            file = FileIO(self.path, "r")
+        weakref.finalize(self, file.close)
+        return file
+
+    def _words(self, start: int, stop: int) -> NDArray[np.uint32]:
+        if start == stop:
+            return np.zeros(0, dtype=np.uint32)
+        with self._lock:
+            self._file.seek(4 * start)
+            return np.fromfile(self._file, dtype=np.uint32, count=stop - start)
+
     def missing(self) -> NDArray[np.int64]:
         """Rows of which a number is not known."""
-        words = np.fromfile(self.path, dtype=np.uint32) if self.num_bytes else np.zeros(0, np.uint32)
+        words = self._words(0, int(self.starts[-1]))
         rows = np.repeat(np.arange(len(self.starts) - 1), np.diff(self.starts))
         return np.unique(rows[words[: len(rows)] == 0])
 
@@ -183,19 +209,19 @@ class Known:
     def read(self, row: int) -> NDArray[np.float32]:
         """The numbers of a row."""
         start, stop = int(self.starts[row]), int(self.starts[row + 1])
-        if start == stop:
-            return np.zeros(0, dtype=np.float32)
-        words = np.fromfile(self.path, dtype=np.uint32, count=stop - start, offset=4 * start)
+        words = self._words(start, stop)
         if len(words) != stop - start or not words.all():
             raise LlamaFactoryError(f"{self.path} was changed while it was in use; remove it and start again")
         return np.invert(words).view(np.float32)
 
     def write(self, values: Iterable[tuple[int, NDArray[np.float32]]]) -> None:
         """Writes rows."""
-        with self.path.open("r+b") as file:
-            for row, numbers in values:
-                file.seek(4 * int(self.starts[row]))
-                file.write(np.invert(numbers.astype(np.float32, copy=False).view(np.uint32)).tobytes())
+        for row, numbers in values:
+            words = np.invert(numbers.astype(np.float32, copy=False).view(np.uint32)).tobytes()
+            with self._lock:
+                self._file.seek(4 * int(self.starts[row]))
+                if words and self._file.write(words) != len(words):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
 
 def _known(rows: str, identity: Mapping[str, Any], starts: NDArray[np.int64], root: Path) -> Known:
@@ -235,6 +261,7 @@ class _Filler:
             sample = there[np.unique(np.linspace(0, len(there) - 1, _SAMPLE).astype(np.int64))]
             self._compare(known, self.run(sample.tolist()))
         for start in range(0, len(share), _CHUNK):
+            failpoints.visit("reference")
             known.write(self.run(share[start : start + _CHUNK]))
 
     def run(self, places: Sequence[int]) -> list[tuple[int, NDArray[np.float32]]]:
