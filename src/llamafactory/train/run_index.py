@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory.train.checkpoint.folders import list_checkpoints
-from llamafactory.train.checkpoint.manifest import find_fault, read_facts
+from llamafactory.train.checkpoint.manifest import find_fault, read_facts, size_of
 from llamafactory.train.run_lock import is_held
 
 RUN_FILE, LOG_FILE = "run.json", "trainer_log.jsonl"
@@ -95,6 +95,8 @@ def read_run(folder: Path, *, hashes: bool = False) -> RunInfo:
         ValueError: it is damaged.
     """
     record = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    if not isinstance(record, dict):
+        raise ValueError(f"{RUN_FILE} holds no JSON object")
     run_id = str(record.get("run_id", ""))
     rows = read_log(folder)
     last = rows[-1] if rows else {}
@@ -150,11 +152,11 @@ def resume_command(folder: Path, record: dict[str, Any]) -> str:
 
 def _checkpoint(path: Path, run_id: str, *, hashes: bool) -> CheckpointInfo:
     facts = read_facts(path)
-    files = facts.get("files", {})
+    step = facts.get("step")
     return CheckpointInfo(
         name=path.name,
-        step=facts.get("step"),
-        size=sum(int(entry.get("size", 0)) for entry in files.values()),
+        step=step if isinstance(step, int) else None,
+        size=size_of(path),
         fault=find_fault(path, hashes=hashes),
         is_own=facts.get("run_id") == run_id,
     )

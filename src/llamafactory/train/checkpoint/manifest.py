@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, cast
 
 from llamafactory.extras import failpoints
 from llamafactory.extras.files import fsync, sha256_of
@@ -53,11 +53,13 @@ def find_fault(folder: Path, *, hashes: bool = True) -> str | None:
         None if all is well, else what is wrong and with which file.
     """
     try:
-        files = dict(_read(folder)["files"])
+        files = _files_of(_read(folder))
     except FileNotFoundError:
         return f"{MANIFEST} is missing (the save did not finish, or another program wrote the folder)"
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        return f"{MANIFEST} cannot be read: {type(error).__name__}: {error}"
+    except OSError as error:
+        return f"{MANIFEST} cannot be read: {error.strerror or error}"
+    except (ValueError, TypeError, RecursionError) as error:
+        return f"{MANIFEST} is damaged: {error}"
     for name, expected in files.items():
         if (fault := _fault_of_file(folder / name, expected, hashes=False)) is not None:
             return f"{name} {fault}"
@@ -66,6 +68,25 @@ def find_fault(folder: Path, *, hashes: bool = True) -> str | None:
     with ThreadPoolExecutor(_READERS) as readers:  # hashing leaves the interpreter to the other threads
         faults = readers.map(lambda item: _fault_of_file(folder / item[0], item[1], hashes=True), files.items())
         return next((f"{name} {fault}" for name, fault in zip(files, faults, strict=True) if fault is not None), None)
+
+
+def _files_of(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What a manifest says of each file.
+
+    Raises:
+        TypeError: it is not what `seal` writes.
+    """
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not files:
+        raise TypeError("it has no list of files")
+    for name, entry in cast("dict[str, Any]", files).items():
+        parts = PurePosixPath(name).parts
+        if not parts or ".." in parts or name.startswith("/") or not name.isprintable():
+            raise TypeError(f"{name!r} is no name of a file in this folder")
+        size, sha256 = (entry.get("size"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
+        if type(size) is not int or not isinstance(sha256, str):
+            raise TypeError(f"what it says of {name} has no size and sha256")
+    return cast("dict[str, dict[str, Any]]", files)
 
 
 def _fault_of_file(path: Path, expected: Mapping[str, Any], *, hashes: bool) -> str | None:
@@ -85,8 +106,16 @@ def read_facts(folder: Path) -> dict[str, Any]:
     """The manifest, or an empty mapping where there is none that can be read."""
     try:
         return _read(folder)
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return {}
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files of a checkpoint, as its manifest has them; 0 where that is missing or damaged."""
+    try:
+        return sum(int(entry["size"]) for entry in _files_of(_read(folder)).values())
+    except (OSError, ValueError, TypeError, RecursionError):
+        return 0
 
 
 def _read(folder: Path) -> dict[str, Any]:
