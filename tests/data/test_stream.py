@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 
 from llamafactory.data.pipeline import PreparedData
-from llamafactory.data.stream import ExampleStream
+from llamafactory.data.stream import ExampleStream, files_digest
 from llamafactory.data.stream_pipeline import prepare_stream
 from llamafactory.data.template_choice import build_template
 from llamafactory.extras.errors import DataError
@@ -94,3 +95,28 @@ def test_memory_is_that_of_the_buffer(tokenizer: Any, tmp_path: Path) -> None:
 def test_nothing_usable_is_said_before_training(tokenizer: Any, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="none of the first rows"):
         opened(tokenizer, write(tmp_path / "a.jsonl", 5), cutoff_len=8, overlong="drop")
+
+
+def test_rows_of_the_same_length_are_other_rows(tokenizer: Any, tmp_path: Path) -> None:
+    file = Path(write(tmp_path / "a.jsonl", 30))
+    before, facts = opened(tokenizer, str(file)).report.fingerprint, file.stat()
+    content = file.read_bytes()
+    file.write_bytes(content.replace(b"Question 15?", b"Question 51?"))
+    os.utime(file, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    assert opened(tokenizer, str(file)).report.fingerprint != before
+    file.write_bytes(content)
+    os.utime(file, (1, 1))  # a copy of a small file is the same file
+    assert opened(tokenizer, str(file)).report.fingerprint == before
+
+
+@pytest.mark.parametrize("place", [0, 500, 999])
+def test_a_change_of_a_large_file_is_seen(tmp_path: Path, place: int) -> None:
+    file = tmp_path / "large.jsonl"
+    file.write_bytes(b"x" * 1000)
+    os.utime(file, (1, 1))
+    before = files_digest([file], most_bytes=999, end_bytes=10)
+    assert files_digest([file], most_bytes=999, end_bytes=10) == before
+    file.write_bytes(b"x" * place + b"y" + b"x" * (999 - place))
+    if place != 500:  # in the middle the time tells, at the ends the bytes do
+        os.utime(file, (1, 1))
+    assert files_digest([file], most_bytes=999, end_bytes=10) != before
