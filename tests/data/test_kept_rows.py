@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamafactory import cli
-from llamafactory.data.kept_rows import KeptRows, choose_unneeded, find_kept, remove
+from llamafactory.data.kept_rows import KeptRows, choose_unneeded, find_kept, note_size, remove
 from llamafactory.data.table import ShardBuilder
 from llamafactory.data.token_cache import TokenCache, TokenCaches
 from llamafactory.extras.errors import ConfigError
@@ -136,6 +136,28 @@ def test_the_command_lists_and_prunes(tmp_path: Path, capsys: pytest.CaptureFixt
     assert [one["name"] for one in removed["removed"]] == ["old"]
     assert not removed["dry_run"]
     assert find_kept(tmp_path) == []
+
+
+def test_the_folder_is_that_of_the_configuration(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LLAMAFACTORY_TOKEN_CACHE", raising=False)
+    keep(tmp_path / "tokens", "rows", days=5)
+    config = tmp_path / "train.yaml"
+    config.write_text(f"cache_dir: {tmp_path}\nmodel_name_or_path: any\n")
+    for words in ([str(config)], ["list", f"cache_dir={tmp_path}"], [f"tokenized_path={tmp_path / 'tokens'}"]):
+        assert cli.main(["data", "cache", *words]) == 0
+        assert f"1 data sets, 0.0 MB in {tmp_path / 'tokens'}" in capsys.readouterr().out
+    assert cli.main(["data", "cache", "prune", "--max-gb=0", str(config)]) == 0
+    assert find_kept(tmp_path / "tokens") == []
+
+
+def test_much_that_is_kept_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keep(tmp_path, "rows", days=5)
+    note_size(tmp_path)
+    assert capsys.readouterr().err == ""
+    note_size(tmp_path, most=10)
+    assert f"data cache prune --max-gb 1e-08 --folder {tmp_path}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

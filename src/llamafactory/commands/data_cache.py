@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from llamafactory.data.kept_rows import KeptRows
 
 _ACTIONS = ("list", "prune")
+_CONFIG_FILES = {".yaml", ".yml", ".json"}
 
 
 def main(argv: list[str]) -> int:
@@ -27,11 +28,11 @@ def main(argv: list[str]) -> int:
         LlamaFactoryError: files that cannot be removed.
     """
     words, own = split_words("cache", argv)
-    action, unused_days, max_gb = _read(words, own)
+    settings = [word for word in words if "=" in word or Path(word).suffix in _CONFIG_FILES]
+    action, unused_days, max_gb = _read([word for word in words if word not in settings], own)
     from llamafactory.data.kept_rows import choose_unneeded, find_kept
-    from llamafactory.data.token_cache import usual_root
 
-    root = Path(own["folder"]) if "folder" in own else usual_root()
+    root = Path(own["folder"]) if "folder" in own else _root_of(settings)
     kept = find_kept(root)
     if action == "list":
         return _show(root, kept, as_json="json" in own)
@@ -50,6 +51,21 @@ def main(argv: list[str]) -> int:
     freed = sum(one.num_bytes for one in removed) / 1e6
     print(f"{len(removed)} of {len(kept)} data sets, {freed:,.1f} MB, {'would go' if is_dry else 'removed'}")
     return 0
+
+
+def _root_of(settings: list[str]) -> Path:
+    """The folder in which a run of this configuration keeps its rows.
+
+    Raises:
+        ConfigError: the configuration cannot be read.
+    """
+    from llamafactory.data.token_cache import usual_root
+    from llamafactory.hparams.read import read_source
+
+    given = {item.key: str(item.value) for item in read_source(settings) if item.value not in (None, "")}
+    if "tokenized_path" in given:
+        return Path(given["tokenized_path"])
+    return usual_root(Path(given["cache_dir"]) if "cache_dir" in given else None)
 
 
 def _show(root: Path, kept: list[KeptRows], *, as_json: bool) -> int:

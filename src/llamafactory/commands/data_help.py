@@ -53,11 +53,12 @@ SUB_COMMANDS: dict[str, SubCommand] = {
         (_JSON,),
     ),
     "cache": SubCommand(
-        "cache [list | prune --unused-days N | prune --max-gb N] [--folder PATH]",
+        "cache [list | prune --unused-days N | prune --max-gb N] [CONFIG | cache_dir=PATH | --folder PATH]",
         "list the tokenised rows that are kept, remove old ones",
         "Training keeps tokenised rows and finds them again by their content. list (the default) shows each data set "
         "with its size and when a run used it last; prune removes those unused for longest, until what is left "
-        "keeps the limits. What a run is writing to stays; what is removed is tokenised again when it is needed.",
+        "keeps the limits. What a run is writing to stays; what is removed is tokenised again when it is needed. "
+        "With CONFIG (or cache_dir=PATH, tokenized_path=PATH) the folder is the one that a run of it uses.",
         (
             ("--unused-days N", "prune: those that no run used for N days go"),
             ("--max-gb N", "prune: what is left takes at most N GB"),

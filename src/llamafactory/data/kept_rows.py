@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -11,7 +12,10 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from llamafactory.data.token_cache import LOCK, MANIFEST, TokenCache
+from llamafactory.extras import log
 
+LARGE = 20_000_000_000
+"""Bytes of kept rows from which on a run that adds to them says so."""
 _DAY = 86_400.0
 _SHARDS = "[0-9]" * 6 + ".safetensors"
 
@@ -57,6 +61,17 @@ def find_kept(root: Path) -> list[KeptRows]:
             )
             kept.append(one)
     return sorted(kept, key=lambda one: (-one.last_used, one.folder))
+
+
+def note_size(root: Path, most: int = LARGE) -> None:
+    """Says once where more than `most` bytes are kept, and how to have less; a run removes nothing by itself."""
+    size = sum(one.num_bytes for one in find_kept(root))
+    if size > most:
+        command = f"llamafactory-cli data cache prune --max-gb {most / 1e9:g} --folder {shlex.quote(str(root))}"
+        text = (
+            f"tokenised rows that are kept take {size / 1e9:,.1f} GB in {root}; {command} removes the oldest"
+        )
+        log.note(text, once=True)
 
 
 def choose_unneeded(

@@ -15,6 +15,7 @@ from llamafactory.data.blocks import cut_blocks
 from llamafactory.data.cache_key import key_parts, method_parts
 from llamafactory.data.data_report import DataReport
 from llamafactory.data.encoded_rows import RowEncoder, open_reader
+from llamafactory.data.kept_rows import note_size
 from llamafactory.data.lost_rows import keep_lost_rows, refuse_useless
 from llamafactory.data.mix import Mix, mix_rows
 from llamafactory.data.order import split_order
@@ -26,6 +27,7 @@ from llamafactory.data.table import Examples, ExampleTable, join_tables
 from llamafactory.data.token_cache import TokenCache, TokenCaches
 from llamafactory.data.tokenised import Tokenised, take_stored, tokenise
 from llamafactory.data.types import SourceAccess, Template, ViewName
+from llamafactory.extras import log
 from llamafactory.extras.errors import DataError
 from llamafactory.hparams.data import DataConfig
 
@@ -83,10 +85,12 @@ def prepare_data(
     caches = TokenCaches.of(data, cache_dir)
     sets: dict[str, list[Tokenised]] = {"train": [], "eval": []}
     made: list[tuple[str, int, RecordReader, TokenCache]] = []
+    has_grown = False
     for use, names in (("train", data.dataset), ("eval", data.eval_dataset)):
         for spec in find_specs(names, data.dataset_dir, access or SourceAccess(media_dir=data.media_dir)):
             reader = open_reader(spec, data, rows.view, seed=seed, allows_media=False)
             cache = caches.find(use, spec.name, key_parts(reader, rows))
+            has_grown |= cache.manifest() is None
             had_lost_words = rows.encoder.has_lost_words
             sets[use].append(tokenise(reader, rows, cache, remakes=data.overwrite_cache))
             refuse_useless(sets[use][-1], data, output_dir)
@@ -94,6 +98,7 @@ def prepare_data(
                 for other, place, earlier, doubted in made:
                     sets[other][place] = tokenise(earlier, rows, doubted, remakes=True)
             made.append((use, len(sets[use]) - 1, reader, cache))
+    _note_growth(caches, has_grown=has_grown)
     if not data.dataset and not data.eval_dataset:
         for cache in caches.stored(method_parts(rows)):
             sets[cache.use].append(take_stored(cache))
@@ -117,6 +122,11 @@ def prepare_data(
     )
     source_rows = SourceRows([(reader, sets[use][place]) for use, place, reader, _ in made])
     return PreparedData(train=train, evaluation=evaluation, report=report, mix=mix, source_rows=source_rows)
+
+
+def _note_growth(caches: TokenCaches, *, has_grown: bool) -> None:
+    if has_grown and not caches.is_named and log.is_main_process():
+        note_size(caches.root)
 
 
 def _mix_of(data: DataConfig, sets: Sequence[Tokenised], training: ExampleTable, seed: int) -> Mix | None:
