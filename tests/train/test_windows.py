@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamafactory.data.mix import Mix, mix_rows
-from llamafactory.train.windows import Schedule, packed_items, single_items
+from llamafactory.train.windows import PackedMix, Schedule, packed_items, single_items
 
 
 def schedule(lengths, **changes):
@@ -99,3 +99,45 @@ def test_a_mixed_order_is_a_function_of_seed_and_step(sizes, step, over):
     seen = sorted(item[0] for window in windows for rank in window for group in rank for item in group)
     assert seen == sorted(mix_rows(mix, epoch).tolist())
     assert plan.window(step) == schedule([1] * sum(sizes), mix=mix).window(step)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=6, max_size=60),
+    items_per_device=st.integers(1, 3),
+    num_ranks=st.integers(1, 3),
+    over=st.booleans(),
+)
+def test_a_packed_mix_draws_and_packs_anew_in_each_epoch(lengths, items_per_device, num_ranks, over):
+    cut = len(lengths) // 3
+    mix = Mix(
+        names=("a", "b"), sizes=(cut, len(lengths) - cut), probs=None, seed=3,
+        strategy="interleave_over" if over else "interleave_under",
+    )  # fmt: skip
+    packed = PackedMix(mix=mix, lengths=lengths, capacity=50)
+    first = packed.bins(0)
+    plan = schedule(
+        [sum(lengths[index] for index in item) for item in first], items=first, redraw=packed,
+        items_per_device=items_per_device, num_ranks=num_ranks,
+    )  # fmt: skip
+    per_epoch = plan.windows_per_epoch
+    for epoch in (2, 0, 1):  # in any order: each is a function of its number
+        windows = [plan.window(step) for step in range(epoch * per_epoch, (epoch + 1) * per_epoch)]
+        seen = [item for window in windows for rank in window for group in rank for item in group]
+        assert sorted(index for item in seen for index in item) == sorted(mix_rows(mix, epoch).tolist())
+        assert all(sum(lengths[index] for index in item) <= 50 for item in seen)
+        sizes = [sum(len(group) for rank in window for group in rank) for window in windows]
+        assert min(sizes) > 0
+        assert not epoch or max(sizes) - min(sizes) <= 1
+
+
+def test_a_packed_mix_shows_rows_that_the_first_epoch_left_out():
+    mix = Mix(names=("a", "b"), sizes=(10, 90), probs=None, seed=3, strategy="interleave_under")
+    packed = PackedMix(mix=mix, lengths=[10] * 100, capacity=40)
+    first = packed.bins(0)
+    plan = schedule([40] * len(first), items=first, redraw=packed)
+    seen = [
+        {index for rank in plan.window(step) for group in rank for item in group for index in item}
+        for step in range(8 * plan.windows_per_epoch)
+    ]
+    assert len(set().union(*seen[: plan.windows_per_epoch])) == 20
+    assert len(set().union(*seen)) > 50

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from llamafactory.data.mix import Mix, mix_rows
+from llamafactory.data.mix import Mix
 from llamafactory.data.saved_template import chat_template_to_save
 from llamafactory.data.views import find_view
 from llamafactory.extras import log
@@ -41,7 +41,7 @@ from llamafactory.train.stage import Models, load_stage
 from llamafactory.train.step import StageModule
 from llamafactory.train.stream_feed import build_stream_feed
 from llamafactory.train.text import data_seed
-from llamafactory.train.windows import Schedule, group_items, packed_items, single_items
+from llamafactory.train.windows import PackedMix, Schedule, group_items, packed_items, single_items
 from llamafactory.train.workload import RowSizes
 
 if TYPE_CHECKING:
@@ -287,18 +287,21 @@ def build_schedule_of_rows(
 ) -> Schedule:
     """Which rows make up which step; the plan then says how many of them share a forward pass.
 
-    A mix counts rows. Packed bins hold the rows of one draw, so with packing every epoch has the same rows.
+    A mix counts rows. With packing each epoch packs the rows that it draws; the plan looks at the first one.
     """
     train, sizes = cfg.train, rows.tokens
     items = group_items(rows.offsets) if is_whole else single_items(len(sizes))
     if mix is not None and not is_whole:
         ends = [rows.offsets[end] for end in accumulate(mix.sizes)]
         mix = replace(mix, sizes=tuple(end - start for start, end in pairwise([0, *ends])))
+    redraw = None
     if training and items and not is_whole and (cfg.data.packing or cfg.data.neat_packing):
-        if mix is not None:
-            items, mix = [items[index] for index in mix_rows(mix, 0, shuffle=not train.disable_shuffling)], None
-        bins = packed_items([sum(sizes[index] for index in item) for item in items], cfg.data.cutoff_len)
-        items = [tuple(index for place in places for index in items[place]) for places in bins]
+        if mix is None:
+            items = packed_items(sizes, cfg.data.cutoff_len)
+        else:
+            packed, mix = PackedMix(mix=mix, lengths=sizes, capacity=cfg.data.cutoff_len), None
+            items = packed.bins(0, shuffle=not train.disable_shuffling)
+            redraw = None if train.disable_shuffling else packed
     return Schedule(
         items=items,
         lengths=[sum(sizes[index] for index in item) for item in items],
@@ -309,6 +312,7 @@ def build_schedule_of_rows(
         seed=data_seed(cfg),
         shuffle=training and not train.disable_shuffling,
         mix=mix,
+        redraw=redraw,
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 
@@ -23,6 +23,27 @@ from llamafactory.data.pack import pack_best_fit
 
 Item = tuple[int, ...]
 """Indices of the examples that an item holds."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class PackedMix:
+    """Several data sets of which each epoch draws other rows, and packs those that it drew.
+
+    Attributes:
+        mix: how many examples an epoch takes of each data set.
+        lengths: tokens of each example, of all data sets end to end.
+        capacity: tokens of a bin.
+    """
+
+    mix: Mix
+    lengths: Sequence[int]
+    capacity: int
+
+    def bins(self, epoch: int, *, shuffle: bool = True) -> list[Item]:
+        """What an epoch trains on; epochs draw equally many examples, but not equally many tokens and bins."""
+        drawn = mix_rows(self.mix, epoch, shuffle=shuffle).tolist()
+        packed = packed_items([self.lengths[index] for index in drawn], self.capacity)
+        return [tuple(drawn[place] for place in item) for item in packed]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +63,7 @@ class Schedule:
             `micro_batch_tokens` counts padding.
         mix: how often and in which order the items of several data sets come; its sizes count items. None: each item
             once in an epoch.
+        redraw: gives the items of the epochs behind the first one; None: those of the first.
     """
 
     items: Sequence[Item]
@@ -54,6 +76,7 @@ class Schedule:
     shuffle: bool = True
     is_padded: bool = False
     mix: Mix | None = None
+    redraw: PackedMix | None = None
 
     @property
     def items_per_window(self) -> int:
@@ -85,10 +108,20 @@ class Schedule:
 
         Returns:
             For each rank its micro-batches, each a list of items. All ranks have equally many micro-batches; a rank
-            that has fewer items gets empty ones.
+            that has fewer items gets empty ones. Where an epoch draws anew, its items are spread evenly over as many
+            windows as the first epoch has.
         """
         epoch, place = divmod(step, self.windows_per_epoch)
-        chosen = self.order(epoch)[place * self.items_per_window : (place + 1) * self.items_per_window]
+        if self.redraw is not None and epoch:
+            later, count = _redrawn(self, epoch), self.windows_per_epoch
+            order = later.order(epoch)
+            return later.micro_batches_of(order[place * len(order) // count : (place + 1) * len(order) // count])
+        return self.micro_batches_of(
+            self.order(epoch)[place * self.items_per_window : (place + 1) * self.items_per_window]
+        )
+
+    def micro_batches_of(self, chosen: NDArray[np.int64]) -> list[list[list[Item]]]:
+        """The micro-batches of each rank for the items of a window, given by their places."""
         ranks = [self.micro_batches(share.tolist()) for share in np.array_split(chosen, self.num_ranks)]
         most = max(len(micro_batches) for micro_batches in ranks)
         return [micro_batches + [[]] * (most - len(micro_batches)) for micro_batches in ranks]
@@ -125,6 +158,24 @@ class Schedule:
             else:
                 group.append(index)
         return groups
+
+
+def _redrawn(schedule: Schedule, epoch: int) -> Schedule:
+    """The schedule with the items of a later epoch."""
+    assert schedule.redraw is not None
+    items, lengths = _bins(schedule.redraw, epoch, schedule.windows_per_epoch)
+    return replace(schedule, items=items, lengths=lengths, redraw=None)
+
+
+@lru_cache(maxsize=2)
+def _bins(packed: PackedMix, epoch: int, at_least: int) -> tuple[Sequence[Item], Sequence[int]]:
+    """The bins of an epoch and their tokens, kept for its next step; halves bins where there are too few of them."""
+    bins = packed.bins(epoch)
+    while len(bins) < at_least:
+        most = max(range(len(bins)), key=lambda place: len(bins[place]))
+        item = bins[most]
+        bins[most : most + 1] = [item[: len(item) // 2], item[len(item) // 2 :]]
+    return bins, [sum(packed.lengths[index] for index in item) for item in bins]
 
 
 @lru_cache(maxsize=2)
