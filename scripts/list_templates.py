@@ -41,6 +41,10 @@ stop behind it. Where the slots write none, it is the stop word that the next qu
 GLM) or the tokenizer's end token, as LLaMA Factory does (`efficient_eos`). Only `empty` writes nothing but the texts,
 and no stop.
 
+Three names of LLaMA Factory are left out, and an error says so: `hy_dense_1_8b`, `hy_dense_7b` and `moss_vl`. What
+they write could not be compared with anything, and a template that is guessed is worse than none. `template: auto`
+trains those models with the template that they bring.
+
 A named template goes with the model: it is saved as `chat_template.jinja` where the tokenizer has none or another one
 (all templates; the tool syntaxes `gemma4` and `lfm2` cannot be written in Jinja, so there a request with tools is
 refused with a message), and `export` writes an Ollama `Modelfile` (without tools; not for `llama2`, `llama2_zh`,

@@ -17,6 +17,7 @@ from tests.data.conftest import TOOL_DIALOGUE, dialogue
 from llamafactory.data import templates
 from llamafactory.data.chat_template import NamedTemplate, find_record, template_names
 from llamafactory.data.row_tools import split_calls
+from llamafactory.data.templates.index import LEFT_OUT
 from llamafactory.data.tool_formats import find_tool_format
 from llamafactory.data.types import Conversation, Message, Turn
 from llamafactory.extras.errors import DataError
@@ -114,6 +115,14 @@ def test_an_unknown_name_gets_near_matches() -> None:
         find_record("chatlm")
     with pytest.raises(DataError, match=r"unknown template 'xyz'(?s:.*)aeva, (?s:.*)chatml, (?s:.*)zephyr"):
         find_record("xyz")
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_a_name_that_is_left_out_is_said_to_be_so(name: str) -> None:
+    assert name not in template_names()
+    with pytest.raises(DataError, match=rf"'{name}' of LLaMA Factory is left out(?s:.*)template: auto") as caught:
+        find_record(name)
+    assert "did you mean" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", template_names())

@@ -14,7 +14,7 @@ from datetime import date
 from functools import cache
 from typing import Any, cast
 
-from llamafactory.data.templates.index import entry_names, read_entry
+from llamafactory.data.templates.index import LEFT_OUT, entry_names, read_entry
 from llamafactory.data.tool_formats import ToolFormat, find_tool_format
 from llamafactory.data.types import Conversation, Message, Piece, Segment, Turn
 from llamafactory.data.written_answer import (
@@ -94,6 +94,13 @@ def find_record(name: str) -> ChatTemplate:
     Raises:
         DataError: no template has that name.
     """
+    if name in LEFT_OUT:
+        raise DataError(
+            f"template '{name}' of LLaMA Factory is left out: no text of it was there to prove an entry against",
+            where="template",
+            expected="auto, or another name",
+            fix="template: auto writes what the chat template of the model's tokenizer writes",
+        )
     if name not in (names := template_names()):
         hint = did_you_mean(name, [*names, "auto"])
         raise DataError(

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from functools import cache
 from importlib import resources
 
+LEFT_OUT = ("hy_dense_1_8b", "hy_dense_7b", "moss_vl")
+"""Names of LLaMA Factory without an entry: what they write is not known for sure, and could not be proven."""
 _HEADER = re.compile(r'^\[(?:"([^"\n]+)"|([A-Za-z0-9_-]+))\]$', re.MULTILINE)
 
 
