@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -113,6 +114,15 @@ def test_the_command_writes_lines_and_a_summary(made, capsys, tmp_path):
     with pytest.raises(LlamaFactoryError):
         score.main([*words, f"dataset={made / 'no rows.jsonl'}", f"--output={tmp_path / 'more.jsonl'}"])
     assert [path.name for path in tmp_path.iterdir()] == ["scores.jsonl"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_one_line(made, tmp_path):
+    words = [f"model_name_or_path={made / 'full'}", f"dataset={made / 'rows.jsonl'}", "template=chatml"]
+    (tmp_path / ".scores.jsonl.part").symlink_to("/dev/full")
+    with pytest.raises(LlamaFactoryError, match=r"scores.jsonl cannot be written: No space left on device"):
+        score.main([*words, "use_cpu=true", f"--output={tmp_path / 'scores.jsonl'}"])
+    assert not any(tmp_path.iterdir())
 
 
 def test_what_is_no_reward_model_is_refused(made, repo_dir, tiny_model_dir):

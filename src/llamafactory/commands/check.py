@@ -11,13 +11,18 @@ from typing import Any
 from llamafactory.compose import all_sections, resolve_config
 from llamafactory.extras.errors import ConfigError, Problem
 from llamafactory.extras.suggest import did_you_mean
+from llamafactory.hparams.read import read_source
 from llamafactory.hparams.resolve import Resolution, ResolvedValue
+from llamafactory.hparams.train import TrainConfig
 
-_COMMANDS = ("train", "chat", "export")
+_SHARED_KEYS = {"finetuning_type", "seed", "use_cpu", "bf16", "fp16", "pure_bf16", "per_device_eval_batch_size"}
+_COMMANDS = ("train", "chat", "score", "export")
 
 
 def main(argv: list[str]) -> int:
     """Check a configuration; the words `--command NAME`, `--json` and `--schema` are this command's own.
+
+    Without `--command` it is judged for the command that its keys are for.
 
     Returns:
         0 where the configuration can be run, 2 where it cannot.
@@ -32,7 +37,7 @@ def main(argv: list[str]) -> int:
 
         _print_json(json_schema(all_sections(), load_known_keys()))
         return 0
-    command = own.get("command", "train")
+    command = own.get("command") or _command_for(words)
     if command not in _COMMANDS:
         raise ConfigError(
             Problem(
@@ -49,6 +54,21 @@ def main(argv: list[str]) -> int:
     else:
         print("\n".join(render(resolution, command)))
     return 0 if resolution.config is not None else 2
+
+
+def _command_for(words: Sequence[str]) -> str:
+    """What the keys are for: training needs keys (do_train, output_dir) that no other command reads."""
+    try:
+        given = {item.key for item in read_source(words) if item.value is not None}
+    except ConfigError:
+        return "train"
+    if not given or given & (set(TrainConfig.model_fields) - _SHARED_KEYS):
+        return "train"
+    if "export_dir" in given:
+        return "export"
+    if "dataset" in given:
+        return "score"
+    return "train" if "eval_dataset" in given else "chat"
 
 
 def split_words(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:

@@ -23,13 +23,15 @@ PLAN_WORDS = (
     ("--num-devices N", "devices that train together, each with a copy of the model"),
     ("--json", "print one JSON object: bytes, seconds, FLOPs"),
 )
+_EXTRA_KEYS = {"score": ("train", ("per_device_eval_batch_size", "use_cpu", "bf16", "fp16", "pure_bf16"))}
+"""Single keys that a command reads of a section whose other keys mean nothing to it."""
 _OWN_WORDS = {
     "train": (
         ("--rerun FILE", "run the run of this run.json again, into output_dir or <old folder>-rerun"),
         ("--allow-change KEY", "continue a run although KEY has changed; data lets the rows differ"),
     ),
     "check": (
-        ("--command NAME", "the command that shall run the configuration: train (default), chat or export"),
+        ("--command NAME", "the command that shall run it: train, chat, score or export; without it: as its keys say"),
         ("--json", "print one JSON object"),
         ("--schema", "print the JSON Schema of all options, for an editor"),
     ),
@@ -65,12 +67,16 @@ def render_help(command: str, summary: str, words: Sequence[str] = ()) -> str:
     for name, section in all_sections().items():
         if name.startswith(wanted):
             lines += _render_section(name, section)
+        elif command in _EXTRA_KEYS and name == _EXTRA_KEYS[command][0]:
+            lines += _render_section(name, section, only=_EXTRA_KEYS[command][1])
     return "\n".join(lines)
 
 
-def _render_section(name: str, section: type[Section]) -> Iterator[str]:
+def _render_section(name: str, section: type[Section], only: Sequence[str] = ()) -> Iterator[str]:
     group = None
     for key, field in iter_fields(section):
+        if only and key not in only:
+            continue
         if group_of(field) != group:
             group = group_of(field)
             yield ""

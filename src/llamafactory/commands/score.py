@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from llamafactory.extras.errors import ConfigError, Problem
+from llamafactory.extras.errors import ConfigError, LlamaFactoryError, Problem
 
 _FLAGS = {"--output": True, "--json": False}
 
@@ -21,7 +22,7 @@ def main(argv: list[str]) -> int:
         0, or 1 where a row could not be scored.
 
     Raises:
-        LlamaFactoryError: the configuration, the model or the data cannot be used.
+        LlamaFactoryError: the configuration, the model or the data cannot be used, or the file cannot be written.
     """
     words, own = _split(argv)
     if "json" in own and "output" not in own:
@@ -42,8 +43,9 @@ def main(argv: list[str]) -> int:
         staging = target.with_name(f".{target.name}.part")
         try:
             with _opened(staging, target) as file:
-                summary = _write(score_rows(config), file)
-            staging.replace(target)
+                summary = _write(score_rows(config), file, str(target))
+            with _explained(str(target)):
+                staging.replace(target)
         finally:
             staging.unlink(missing_ok=True)
     _say(summary, as_json="json" in own)
@@ -65,22 +67,43 @@ def _split(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     return words, own
 
 
-def _opened(staging: Path, target: Path) -> TextIO:
+@contextmanager
+def _opened(staging: Path, target: Path) -> Iterator[TextIO]:
     try:
-        return staging.open("w", encoding="utf-8")
+        file = staging.open("w", encoding="utf-8")
     except OSError as error:
         message = f"cannot be written: {error.strerror or error}"
         problem = Problem(key="--output", given=str(target), message=message, fix="name another file")
         raise ConfigError(problem) from error
+    try:
+        yield file
+    except BaseException:
+        with suppress(OSError):  # what could not be written cannot be written now either
+            file.close()
+        raise
+    with _explained(str(target)):
+        file.close()
 
 
-def _write(lines: Iterable[Mapping[str, Any]], stream: TextIO) -> dict[str, Any]:
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """What the system says about writing, as an error; a reader that went away is the command line's to handle."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise LlamaFactoryError(f"{name} cannot be written: {error.strerror or error}. Free some room") from error
+
+
+def _write(lines: Iterable[Mapping[str, Any]], stream: TextIO, name: str = "standard output") -> dict[str, Any]:
     """Writes the lines; what they are in sum."""
     scores: list[float] = []
     margins: list[float] = []
     failed = 0
     for line in lines:
-        stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+        with _explained(name):
+            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
         values = [line[name] for name in ("score", "chosen", "rejected") if name in line]
         if any(value is None for value in values):
             failed += 1
@@ -88,7 +111,8 @@ def _write(lines: Iterable[Mapping[str, Any]], stream: TextIO) -> dict[str, Any]
         scores += values
         if len(values) == 2:
             margins.append(values[0] - values[1])
-    stream.flush()
+    with _explained(name):
+        stream.flush()
     summary: dict[str, Any] = {"rows": len(scores) - len(margins), "failed": failed}
     if scores:
         mean = sum(scores) / len(scores)

@@ -105,7 +105,7 @@ def load_classifier(cfg: ModelConfig, *, dtype: str, attention: str) -> PreTrain
         attention: attention implementation; `segments` is registered here.
 
     Raises:
-        LlamaFactoryError: not found, or no sequence classifier.
+        LlamaFactoryError: not found, no sequence classifier, or tensors that are missing or left over (a bias).
     """
     import torch
     from transformers import AutoModelForSequenceClassification
@@ -114,13 +114,22 @@ def load_classifier(cfg: ModelConfig, *, dtype: str, attention: str) -> PreTrain
 
     if attention == segment_attention.NAME:
         segment_attention.register()
-    return _loading(
+    model, found = _loading(
         cfg,
         lambda: AutoModelForSequenceClassification.from_pretrained(
             model_path(cfg), use_safetensors=True, **_hub_options(cfg), dtype=getattr(torch, dtype),
-            attn_implementation=attention,
+            attn_implementation=attention, output_loading_info=True,
         ),
     )  # fmt: skip
+    left_over = {name for name in found["unexpected_keys"] if not name.startswith("lm_head.")}  # scores do without it
+    faults = {"has no": found["missing_keys"], "has what the model has no place for:": left_over}
+    for what, names in faults.items():
+        if names:
+            shown = ", ".join(sorted(names)[:5])
+            raise LlamaFactoryError(
+                f"{cfg.model_name_or_path} {what} {shown}; it would score otherwise than it was trained"
+            )
+    return model
 
 
 def _fill_from_shards(model: PreTrainedModel, folder: Path) -> None:

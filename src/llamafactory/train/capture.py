@@ -44,7 +44,7 @@ def capture(job: Job, state: RunState, generators: Generators, *, wait: Callable
         shards = write_together(job.output_dir, state.step, groups, accelerator)
     return Snapshot(
         state=state,
-        write_model=files.prepare(is_async=job.is_async, is_writer=is_main, in_shards=True),
+        write_model=files.prepare(is_async=job.is_async, is_writer=is_main, for_checkpoint=True),
         optimizer=optimizer_state(optimizer) if is_main and not job.cfg.save_only_model else None,
         generators=states,
         shards=shards,

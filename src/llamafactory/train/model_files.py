@@ -46,13 +46,14 @@ class ModelFiles:
         self.make_tokenizer_files()
         return partial(self._write, state=state)
 
-    def prepare(self, *, is_async: bool, is_writer: bool, in_shards: bool = False) -> Callable[[Path], None]:
+    def prepare(self, *, is_async: bool, is_writer: bool, for_checkpoint: bool = False) -> Callable[[Path], None]:
         """A function that writes the weights; every process must ask for it, and one of them calls it.
 
         Args:
             is_async: the function may be called while training goes on: it writes a copy.
             is_writer: whether this process calls it.
-            in_shards: leave out weights that are kept in shards, see `shards`.
+            for_checkpoint: leave out weights that are kept in shards, see `shards`, and write what a resume needs
+                besides the model.
         """
         return self.copy() if is_async and is_writer else self.write
 

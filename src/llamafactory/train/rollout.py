@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llamafactory.extras import log
+from llamafactory.train.checkpoint.snapshot import EXPERIENCE
 from llamafactory.train.experience import (
     PER_TOKEN,
     Experience,
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from llamafactory.train.completions_file import CompletionsFile
     from llamafactory.train.windows import Item, Schedule
 
-FILE = "experience.safetensors"
 _EVALUATION = 0x45564C
 
 
@@ -185,11 +185,11 @@ class Rollouts:
     def restore(self, cursor: Mapping[str, Any], checkpoint: Path) -> None:
         """Takes up a checkpoint: what the stage remembers, and the rollout that is in use."""
         self.state = cursor.get("state", self.state)
-        if not cursor.get("update") or not (checkpoint / FILE).is_file():
+        if not cursor.get("update") or not (checkpoint / EXPERIENCE).is_file():
             return
         from safetensors.torch import load_file
 
-        tensors = load_file(checkpoint / FILE)
+        tensors = load_file(checkpoint / EXPERIENCE)
         sizes = [(row[0], row[1:]) for row in tensors.pop("table.sizes").tolist()]
         weights = tensors.pop("table.weights").numpy()
         owners, num_ranks = tensors.pop("table.ranks").tolist(), self._accelerator.num_processes
@@ -311,4 +311,4 @@ def _write_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
     if tensors:
         from safetensors.torch import save_file
 
-        save_file(tensors, folder / FILE)
+        save_file(tensors, folder / EXPERIENCE)

@@ -207,15 +207,17 @@ def sampling_of(
 
 
 class FilesWithExperience(ModelFiles):
-    """Model files, and beside them the rollout that is in use."""
+    """Model files, and beside them, in a checkpoint, the rollout that is in use."""
 
     def __init__(self, files: ModelFiles, rollouts: Rollouts) -> None:
         """Wraps both; nothing is copied yet."""
         self._files, self._rollouts = files, rollouts
 
-    def prepare(self, *, is_async: bool, is_writer: bool, in_shards: bool = False) -> Callable[[Path], None]:
-        """See `ModelFiles`; the rollout is gathered from all processes at once."""
-        write = self._files.prepare(is_async=is_async, is_writer=is_writer, in_shards=in_shards)
+    def prepare(self, *, is_async: bool, is_writer: bool, for_checkpoint: bool = False) -> Callable[[Path], None]:
+        """See `ModelFiles`; a checkpoint has the rollout, gathered from all processes at once."""
+        write = self._files.prepare(is_async=is_async, is_writer=is_writer, for_checkpoint=for_checkpoint)
+        if not for_checkpoint:
+            return write
         keep = self._rollouts.keeper()
 
         def write_both(folder: Path) -> None:

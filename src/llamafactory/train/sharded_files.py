@@ -49,9 +49,9 @@ class ShardedModelFiles(ModelFiles):
         super().__init__(policy, tokenizer, chat_template=chat_template)
         self._model = model
 
-    def prepare(self, *, is_async: bool, is_writer: bool, in_shards: bool = False) -> Callable[[Path], None]:
+    def prepare(self, *, is_async: bool, is_writer: bool, for_checkpoint: bool = False) -> Callable[[Path], None]:
         """See `ModelFiles`; gathering makes a copy, so that the function may always be called later."""
-        leaves_out = in_shards and self._model.keeps_weights_sharded
+        leaves_out = for_checkpoint and self._model.keeps_weights_sharded
         state = self._model.state()
         if leaves_out:
             state = {name: tensor for name, tensor in state.items() if name.startswith(_HEAD)}

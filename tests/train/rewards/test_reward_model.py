@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
 
 from llamafactory.extras.errors import ConfigError, LlamaFactoryError
 from llamafactory.model.adapters import lora
-from llamafactory.model.loader import load_model, load_tokenizer
+from llamafactory.model.loader import load_classifier, load_model, load_tokenizer
 from llamafactory.model.valuehead import FILE, ValueHead, as_classifier, save_value_head
 from llamafactory.train.rewards.answer import Answer
 from llamafactory.train.rewards.reward_model import load_reward_model
@@ -51,6 +52,14 @@ def made(train_config: Callable[..., Any], tmp_path: Path) -> dict[str, Path]:
     for folder in folders.values():
         tokenizer.save_pretrained(folder)
     return folders
+
+
+def test_a_classifier_with_a_bias_is_refused(made: dict[str, Path], train_config: Callable[..., Any]) -> None:
+    file = made["classifier"] / "model.safetensors"
+    save_file(load_file(file) | {"score.bias": torch.ones(1)}, file, metadata={"format": "pt"})
+    cfg = train_config().model.model_copy(update={"model_name_or_path": str(made["classifier"])})
+    with pytest.raises(LlamaFactoryError, match=r"score\.bias"):
+        load_classifier(cfg, dtype="float32", attention="eager")
 
 
 @pytest.fixture

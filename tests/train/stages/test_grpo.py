@@ -104,6 +104,7 @@ def test_a_resumed_run_is_the_same_run(run: Callable[..., Any], tmp_path: Path, 
         if path.name != f"checkpoint-{cut}":
             shutil.rmtree(path)
     assert (target / f"checkpoint-{cut}" / "experience.safetensors").exists() == (cut == 3)
+    assert not (target / "experience.safetensors").exists()  # only a resume needs it
     again = run("resumed", **options, allow_change=["output_dir"])
     for before, after in zip(whole, again, strict=True):
         for key in ("loss", "grad_norm", "ratio"):

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 _OPTIMIZER = "optimizer.safetensors"
 _RNG = "rng_state.safetensors"
-TRAINING_FILES = frozenset({_OPTIMIZER, _RNG, STATE, OPTIMIZER_SHARDS})
+EXPERIENCE = "experience.safetensors"
+"""The rollout in whose middle a checkpoint lies; written by the stages that have rollouts."""
+TRAINING_FILES = frozenset({_OPTIMIZER, _RNG, STATE, OPTIMIZER_SHARDS, EXPERIENCE})
 """Files and folders of a checkpoint that are no part of the model."""
 
 

@@ -175,6 +175,8 @@ def _own_model(
         inner = load_classifier(source, dtype=plan.weight_dtype, attention=plan.attention)
         if getattr(inner, "num_labels", 0) != 1 or not hasattr(inner, "score"):
             raise _problem(name, f"is a classifier of {inner.num_labels} labels", "a classifier with one label")
+        if getattr(inner.score, "bias", None) is not None:
+            raise _problem(name, "is a classifier with a bias", "a classifier whose score has no bias")
         head = ValueHead(inner.config.get_text_config().hidden_size)
         with torch.no_grad():
             head.summary.weight.copy_(inner.score.weight)
