@@ -75,6 +75,9 @@ def test_help_of_each_command(name: str, capsys: pytest.CaptureFixture[str]) -> 
     if name in {"train", "check"}:
         for part in ("learning_rate = 5e-05", "lora_rank = 8", "[a whole number >= 8]", "Optimizer", "max_steps = -1"):
             assert part in shown
+    if name == "score":
+        assert "per_device_eval_batch_size = " in shown
+        assert "learning_rate" not in shown
     if name == "export":
         assert "export_dir = null" in shown
         assert "learning_rate" not in shown
@@ -103,6 +106,26 @@ def test_check_for_another_command(folder: Path, capsys: pytest.CaptureFixture[s
     assert cli.main(["check", "c.yaml", "--command=chat"]) == 0
     assert cli.main(["check", "c.yaml", "--command", "chta"]) == 2
     assert "did you mean 'chat'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("keys", "command"),
+    [
+        ("adapter_name_or_path=a dataset=d per_device_eval_batch_size=8", "score"),
+        ("export_dir=e", "export"),
+        ("template=chatml max_new_tokens=8", "chat"),
+        ("dataset=d learning_rate=1e-4", "train"),
+        ("dataset=d output_dir=o export_dir=e", "train"),
+        ("eval_dataset=d", "train"),
+        ("dataset=d --command train", "train"),
+        ("do_train", "train"),
+    ],
+)
+def test_check_judges_for_the_command_that_the_keys_are_for(
+    keys: str, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli.main(["check", "model_name_or_path=m", *keys.split(), "--json"])
+    assert json.loads(capsys.readouterr().out)["command"] == command
 
 
 def test_check_as_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

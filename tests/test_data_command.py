@@ -232,10 +232,22 @@ def test_stats(run: Callable[..., Any], config: Any) -> None:
     assert re.search(r"^b +25\.0 %", shown, re.MULTILINE)
 
 
+def test_stats_of_interleaved_sets_say_what_an_epoch_takes(run: Callable[..., Any], config: Any) -> None:
+    words = (config(a=ROWS, b=ROWS[:1]), "mix_strategy=interleave_over")
+    _, shown, _ = run("stats", *words)
+    assert (
+        "an epoch (interleave_over)\nmix: a: 50.0%, 3 draws, 1.00 times its rows\nmix: b: 50.0%, 3 draws, 3.00 times"
+        in shown
+    )
+    _, shown, _ = run("stats", *words, "--json")
+    assert [one["drawn"] for one in json.loads(shown)["epoch"]] == [3, 3]
+
+
 def test_stats_as_json(run: Callable[..., Any], config: Any) -> None:
     _, shown, _ = run("stats", config(a=ROWS, b=ROWS[:1]), "--json")
     report = json.loads(shown)
-    assert set(report) == {"cutoff_len", "datasets", "mix"}
+    assert set(report) == {"cutoff_len", "datasets", "mix", "epoch"}
+    assert report["epoch"] == []
     first = report["datasets"][0]
     assert set(first) == {
         "use",

@@ -21,7 +21,8 @@ def main(argv: list[str]) -> int:
     """
     words, own = split_words("stats", argv)
     inputs = load_inputs(words)
-    from llamafactory.data.statistics import measure_dataset, mix_shares
+    from llamafactory.data.data_report import mix_lines
+    from llamafactory.data.statistics import epoch_mix, measure_dataset, mix_shares
 
     found = [
         (
@@ -32,14 +33,17 @@ def main(argv: list[str]) -> int:
     ]
     trained = [part for use, part in found if use == "train"]
     mix = [{"dataset": part.name} | shares for part, shares in zip(trained, mix_shares(trained), strict=True)]
+    epoch = epoch_mix([part for use, part in found if use == "train"], inputs.data, inputs.seed)
     if "json" in own:
         datasets = [{"use": use} | as_record(part) for use, part in found]
-        print_json({"cutoff_len": inputs.data.cutoff_len, "datasets": datasets, "mix": mix})
+        print_json({"cutoff_len": inputs.data.cutoff_len, "datasets": datasets, "mix": mix, "epoch": epoch})
         return 0
     for use, part in found:
         print("\n".join(render(part, use, inputs.data.cutoff_len, inputs.data.overlong)))
     if len(mix) > 1:
         print("\n".join(render_mix(mix)))
+    if epoch:
+        print("\n".join(["", f"an epoch ({inputs.data.mix_strategy})", *mix_lines(epoch)]))
     return 0
 
 

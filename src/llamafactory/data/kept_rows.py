@@ -68,9 +68,7 @@ def note_size(root: Path, most: int = LARGE) -> None:
     size = sum(one.num_bytes for one in find_kept(root))
     if size > most:
         command = f"llamafactory-cli data cache prune --max-gb {most / 1e9:g} --folder {shlex.quote(str(root))}"
-        text = (
-            f"tokenised rows that are kept take {size / 1e9:,.1f} GB in {root}; {command} removes the oldest"
-        )
+        text = f"tokenised rows that are kept take {size / 1e9:,.1f} GB in {root}; {command} removes the oldest"
         log.note(text, once=True)
 
 

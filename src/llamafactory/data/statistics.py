@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamafactory.data.encoded_rows import RowEncoder, encode_rows, open_reader
+from llamafactory.data.mix import Mix
 from llamafactory.data.types import DatasetSpec, Example, Template, ViewName
 from llamafactory.hparams.data import DataConfig
 
@@ -148,6 +149,19 @@ def mix_shares(parts: Sequence[DatasetStatistics]) -> list[dict[str, float]]:
         "supervised_tokens": shares(part.num_supervised_tokens for part in parts),
     }
     return [{key: values[place] for key, values in columns.items()} for place in range(len(parts))]
+
+
+def epoch_mix(parts: Sequence[DatasetStatistics], data: DataConfig, seed: int) -> list[dict[str, Any]]:
+    """What an epoch of training takes of each data set where they are interleaved (see `Mix.realised`), else nothing.
+
+    Raises:
+        DataError: shares with which an epoch would not end.
+    """
+    if data.mix_strategy == "concat" or len(parts) < 2:
+        return []
+    sizes = tuple(part.num_kept for part in parts)
+    names, probs = tuple(part.name for part in parts), data.interleave_probs or None
+    return Mix(names=names, sizes=sizes, strategy=data.mix_strategy, probs=probs, seed=seed).realised()
 
 
 def _round_up(width: int) -> int:

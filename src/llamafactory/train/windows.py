@@ -113,7 +113,8 @@ class Schedule:
         """
         epoch, place = divmod(step, self.windows_per_epoch)
         if self.redraw is not None and epoch:
-            later, count = _redrawn(self, epoch), self.windows_per_epoch
+            items, lengths = _bins(self.redraw, epoch, self.windows_per_epoch)
+            later, count = replace(self, items=items, lengths=lengths, redraw=None), self.windows_per_epoch
             order = later.order(epoch)
             return later.micro_batches_of(order[place * len(order) // count : (place + 1) * len(order) // count])
         return self.micro_batches_of(
@@ -158,13 +159,6 @@ class Schedule:
             else:
                 group.append(index)
         return groups
-
-
-def _redrawn(schedule: Schedule, epoch: int) -> Schedule:
-    """The schedule with the items of a later epoch."""
-    assert schedule.redraw is not None
-    items, lengths = _bins(schedule.redraw, epoch, schedule.windows_per_epoch)
-    return replace(schedule, items=items, lengths=lengths, redraw=None)
 
 
 @lru_cache(maxsize=2)
