@@ -1,7 +1,7 @@
 """A reward service that a config reaches with `reward_model_type: api`: texts come in, a number for each goes out.
 
-`python examples/rewards/service.py [PORT]` listens on this machine only, port 8009 unless told. Put your own model where
-`score` is.
+`python examples/rewards/service.py [PORT]` listens on this machine only, port 8009 unless told. Put your own model
+where `score` is.
 """
 
 import json
