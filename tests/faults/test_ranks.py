@@ -127,6 +127,38 @@ def test_a_signal_ends_the_sampling_of_both_ranks(make_place):
     assert "stopped by SIGTERM after step 0 of " in text
 
 
+FAILING = """
+import os
+from pathlib import Path
+
+calls = []
+
+def evenness(completions):
+    calls.append(completions)
+    if os.environ["RANK"] == "1" and len(calls) > 2 and Path(__file__).with_name("broken").exists():
+        raise ConnectionError("the grader is gone")
+    return [sum(ord(letter) % 2 == 0 for letter in text) / (1 + len(text)) for text in completions]
+"""
+
+
+def test_a_reward_function_that_fails_in_one_rank_ends_both_behind_a_save(make_place):
+    place = make_place(**CELLS["grpo lora"], per_device_train_batch_size="1", save_steps="50")
+    (place.folder / "rewards.py").write_text(FAILING)
+    run(place, "whole", 2)
+    (place.folder / "broken").touch()
+    text = run(place, "failed", 2, code=1)
+    assert "rank 1: reward function evenness: ConnectionError: the grader is gone" in text
+    record = json.loads((place.folder / "failed" / "run.json").read_text())
+    assert record["state"] == "failed"
+    assert "the grader is gone" in record["error"]
+    assert find_fault(place.folder / "failed" / "checkpoint-2") is None
+    (place.folder / "broken").unlink()
+    run(place, "failed", 2)
+    assert losses_of(place.folder / "failed") == losses_of(place.folder / "whole")
+    weights = [(place.folder / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "failed")]
+    assert weights[0] == weights[1]
+
+
 def test_a_signal_while_one_rank_tokenises_and_one_waits(make_place):
     place = make_place(overwrite_cache="true")
     process = start(place, "tokenising", 2, fault="data:1:sleep=60")
@@ -202,7 +234,9 @@ def test_two_ranks_continue_as_one_and_one_as_two(make_place):
 
 
 def test_two_ranks_continue_bit_equal(make_place):
-    place = make_place(save_steps="1", num_train_epochs="2", lora_dropout="0.3", per_device_train_batch_size="1")
+    place = make_place(
+        folder="a b/ü", save_steps="1", num_train_epochs="2", lora_dropout="0.3", per_device_train_batch_size="1"
+    )
     run(place, "whole", 2)
     run(place, "killed", 2, fault="step:5:kill", code=1)
     run(place, "killed", 2)

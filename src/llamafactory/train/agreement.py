@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
+from llamafactory.extras.errors import SaveAndStopError
 from llamafactory.train.metrics import summed
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+FAILED = 1 << 10
+"""What a process says instead of a signal where its work failed and what the run has so far is sound."""
 MadeT = TypeVar("MadeT")
 ASK_SECONDS = 1.0
 """How often processes ask each other, about."""
@@ -58,6 +61,22 @@ def agree(accelerator: Accelerator, signal: int, seconds: float = 0.0) -> tuple[
     told[accelerator.process_index] = torch.tensor([float(signal), seconds])
     number, longest = summed(accelerator, told).max(dim=0).values.tolist()
     return int(number), longest
+
+
+def fault_of_all(accelerator: Accelerator, fault: SaveAndStopError | None) -> SaveAndStopError:
+    """The error of the first process that has one; every process must ask, and each raises it.
+
+    Args:
+        accelerator: of the run.
+        fault: of this process, or None.
+    """
+    if accelerator.num_processes == 1 and fault is not None:
+        return fault
+    from accelerate.utils import gather_object
+
+    texts: list[str | None] = gather_object([None if fault is None else str(fault)])
+    rank, text = next((rank, text) for rank, text in enumerate(texts) if text is not None)
+    return SaveAndStopError(f"rank {rank}: {text}")
 
 
 def together(accelerator: Accelerator, work: Callable[[], MadeT]) -> MadeT:

@@ -45,9 +45,9 @@ def fit(job: Job, stop: StopRequest) -> FitResult:
             run.give_up_window()
         except SaveAndStopError:
             run.give_up_window()
-            if job.accelerator.num_processes == 1:  # other processes do not know of it
-                run.save()
-                run.saver.wait()
+            run.save()
+            run.saver.wait()
+            job.accelerator.wait_for_everyone()  # a launcher ends all processes when one has failed
             raise
         except NotFiniteError as error:
             run.return_to(error.step)

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llamafactory.extras import log
+from llamafactory.extras.errors import SaveAndStopError
 from llamafactory.model.generation import Completion, complete
 from llamafactory.model.sampling import Sampling, row_seed
-from llamafactory.train.agreement import agree
+from llamafactory.train.agreement import FAILED, agree, fault_of_all
 from llamafactory.train.experience import Experience, ExperienceBatch, collate_experience, micro_batches
 from llamafactory.train.logprob import unwrap_peft
 from llamafactory.train.metrics import summed
@@ -111,15 +112,21 @@ class Dealer:
 
         Raises:
             StopSignal: any process was told to stop; all of them raise it.
+            SaveAndStopError: the answers of any process cannot be scored; all of them raise it.
         """
         first = sum(len(share) for share in shares[: self._accelerator.process_index])
         items = list(shares[self._accelerator.process_index])
-        samples, num_redrawn, signal = [], 0, 0
+        samples, num_redrawn, signal, fault = [], 0, 0, None
         try:
             samples, num_redrawn = self._samples(items, first, group, seed, num_redraws)
         except StopSignal as stopped:
             signal = stopped.number
-        if number := agree(self._accelerator, signal)[0]:
+        except SaveAndStopError as error:
+            signal, fault = FAILED, error
+        number = agree(self._accelerator, signal)[0]
+        if number == FAILED:
+            raise fault_of_all(self._accelerator, fault) from fault
+        if number:
             raise StopSignal(number)
         total = sum(len(share) for share in shares)
         filled = self.total(self._filled(samples, first, total, group)).numpy()
