@@ -118,6 +118,43 @@ def test_damage_is_named_and_the_previous_checkpoint_is_used(tmp_path, name, dam
     assert f"{newest} is not used: {name}" in capsys.readouterr().err
 
 
+def test_files_are_durable_before_the_folder_gets_its_name_and_that_before_an_older_one_goes(tmp_path, monkeypatch):
+    """A loss of power at any moment leaves a whole checkpoint: what is flushed and renamed comes in this order."""
+    events = []
+    fsync, rename = os.fsync, Path.rename
+
+    def flush(descriptor):
+        fsync(descriptor)
+        events.append(("fsync", os.readlink(f"/proc/self/fd/{descriptor}")))
+
+    def move(self, target):
+        events.append(("rename", self.name))
+        return rename(self, target)
+
+    def write_in_parts(folder):
+        write_model(folder)
+        (folder / "shards" / "rank").mkdir(parents=True)
+        (folder / "shards" / "rank" / "0.safetensors").write_bytes(b"0")
+
+    save(tmp_path, step=2)
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(Path, "rename", move)
+    plan = SavePlan(output_dir=tmp_path, retention=Retention(limit=1))
+    folder, _ = publish(plan, snapshot_of(STATE, make_optimizer(), write_in_parts))
+    monkeypatch.undo()
+
+    staging = f".staging-3-{os.getpid()}"
+    renamed = events.index(("rename", staging))
+    before = [Path(path).relative_to(tmp_path / staging).as_posix() for _, path in events[:renamed]]
+    written = [path.relative_to(folder).as_posix() for path in folder.rglob("*")]
+    assert sorted(before) == sorted([*written, "."])
+    manifest = before.index("MANIFEST.json")
+    assert {name for name in written if (folder / name).is_file()} == set(before[: manifest + 1])
+    assert before[-1] == "."
+    parent, removed = events.index(("fsync", str(tmp_path))), events.index(("rename", "checkpoint-2"))
+    assert renamed < parent < removed
+
+
 def test_a_folder_without_manifest_is_never_used(tmp_path):
     folder = save(tmp_path)
     (folder / "MANIFEST.json").unlink()

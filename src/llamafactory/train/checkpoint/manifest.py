@@ -38,6 +38,8 @@ def seal(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     failpoints.visit("save.manifest")
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     fsync(folder / MANIFEST)
+    for inner in sorted(path for path in folder.rglob("*") if path.is_dir()):
+        fsync(inner)
     fsync(folder)
     return manifest
 
