@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -163,6 +164,31 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_read(plac
     assert "choose another folder, or change its permissions" in run.text
 
 
+def test_a_folder_that_turns_read_only_ends_with_74_and_whole_checkpoints(place):
+    sign, done = place.folder / "errors", place.folder / "errors done"
+    folder = place.folder / "worn"
+    check = ["runs", "verify", str(folder)]
+    run = place.begin("worn", fault="step:6:sleep=1.5", readonly_when=[str(folder), str(sign)], then=[check])
+    try:
+        run.reach_fault()
+    except AssertionError:
+        if "Operation not permitted" in run.text:
+            pytest.skip("this system lets no test mount")
+        raise
+    sign.touch()
+    until = time.monotonic() + 20
+    while not done.exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    assert done.exists()
+    assert run.wait() == 74, run.text[-3000:]
+    assert "checkpoint-6 could not be saved" in run.text
+    assert "Read-only file system" in run.text
+    assert "checkpoint-4 is the newest that could be saved" in run.text
+    assert "checkpoint-4: intact" in run.text
+    reference = place.finish("reference")
+    assert place.finish("worn") == reference  # the disk is well again
+
+
 def test_a_folder_that_is_removed_while_it_is_used(place, reference):
     run = place.begin("gone", fault="step:3:sleep=1")
     run.reach_fault()
@@ -179,3 +205,45 @@ def test_a_final_save_that_fails_ends_with_74(place):
     assert record["state"] == "failed"
     assert "Training is done" in record["error"]
     assert place.begin("final").wait() == 0
+
+
+def test_weights_alone_are_saved_and_not_continued(place):
+    reference = place.finish("reference")
+    only = "save_only_model=true"
+    assert place.finish("whole", only).weights == reference.weights
+    assert not list((place.folder / "whole" / "last").glob("optimizer*"))
+    assert place.begin("weights", only, "async_save=false", fault="step:5:kill").wait() == -9
+    run = place.begin("weights", only)
+    assert run.wait() == 1
+    assert "checkpoint-4 holds weights only (save_only_model), so training cannot continue from it exactly" in run.text
+    assert find_fault(place.folder / "weights" / "checkpoint-4") is None  # and it is still there
+
+
+@pytest.mark.parametrize("error", ["enospc", "eio"])
+def test_a_log_that_cannot_be_written_stops_no_training(place, reference, error):
+    run = place.begin("log", fault=f"log:2:{error},log:3:{error},log:9:{error}")
+    assert run.wait() == 0, run.text[-3000:]
+    assert run.text.count("trainer_log.jsonl cannot be written") == 1
+    found = place.outcome("log")
+    assert (found.weights, found.rows) == (reference.weights, reference.rows)
+    assert found.losses == [row for row in reference.losses if row[0] not in (2, 3, 9)]
+
+
+@pytest.mark.parametrize("error", ["enospc", "eio"])
+def test_tokens_that_cannot_be_kept_end_the_run_before_it_begins_and_nothing_half_is_read(place, reference, error):
+    cache = place.folder / "tokens"
+    fresh = f"tokenized_path={cache}"
+    run = place.begin("kept", fresh, fault=f"tokens.write:1:{error}")
+    assert run.wait() == 3, run.text[-3000:]
+    assert "tokenised rows cannot be written" in run.text
+    assert not list(cache.rglob("*.safetensors*"))
+    assert place.finish("kept", fresh) == reference
+
+
+def test_tokens_that_cannot_be_read_are_made_again(place, reference):
+    fresh = f"tokenized_path={place.folder / 'tokens'}"
+    assert place.finish("first", fresh) == reference
+    run = place.begin("again", fresh, fault="tokens.read:1:eio")
+    assert run.wait() == 0, run.text[-3000:]
+    assert "are damaged (000000.safetensors cannot be read: [Errno 5] Input/output error)" in run.text
+    assert place.outcome("again") == reference

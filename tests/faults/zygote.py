@@ -101,6 +101,7 @@ def change_world(
     *,
     fsize: int | None = None,
     tmpfs: tuple[str, str] | tuple[str, str, bool] | None = None,
+    readonly_when: tuple[str, str] | None = None,
     closed_stderr: bool = False,
     audit: str | None = None,
     then: list[list[str]] | None = None,
@@ -110,6 +111,7 @@ def change_world(
     Args:
         fsize: largest file that it may write, in bytes.
         tmpfs: a folder that becomes a disk of its own, its size, whether it is read-only; only this process sees it.
+        readonly_when: a folder that can no longer be written once another path is there, as a disk with errors.
         closed_stderr: nobody reads what it says.
         audit: file that gets a line for each use of a network socket.
         then: commands that run afterwards in the same process.
@@ -118,6 +120,9 @@ def change_world(
         resource.setrlimit(resource.RLIMIT_FSIZE, (fsize, fsize))
     if tmpfs:
         mount_tmpfs(*tmpfs)
+    if readonly_when:
+        own_mounts()
+        threading.Thread(target=make_readonly, args=readonly_when, daemon=True).start()
     if closed_stderr:
         reader, writer = os.pipe()
         os.close(reader)
@@ -134,18 +139,37 @@ def note_socket(descriptor: int, event: str, arguments: tuple[Any, ...]) -> None
         os.write(descriptor, f"{event} {arguments!r}\n".encode())
 
 
-def mount_tmpfs(folder: str, size: str, is_readonly: bool = False) -> None:
+def own_mounts() -> None:
+    """Gives this process mounts of its own. Raises: OSError where this system does not allow it."""
+    new_namespace, recursive, private = 0x20000, 0x4000, 0x40000
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(new_namespace):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), "unshare")
+    mount(b"none", b"/", None, recursive | private)
+
+
+def mount(source: bytes, target: bytes, kind: bytes | None, flags: int, options: bytes | None = None) -> None:
     """Raises: OSError where this system does not allow it."""
     libc = ctypes.CDLL(None, use_errno=True)
-    new_namespace, recursive, private = 0x20000, 0x4000, 0x40000
-    for done in (
-        lambda: libc.unshare(new_namespace),
-        lambda: libc.mount(b"none", b"/", None, recursive | private, None),
-        lambda: libc.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", int(is_readonly), f"size={size}".encode()),
-    ):
-        if done():
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number), "tmpfs")
+    if libc.mount(source, target, kind, ctypes.c_ulong(flags), options):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), "mount")
+
+
+def mount_tmpfs(folder: str, size: str, is_readonly: bool = False) -> None:
+    """Raises: OSError where this system does not allow it."""
+    own_mounts()
+    mount(b"tmpfs", os.fsencode(folder), b"tmpfs", int(is_readonly), f"size={size}".encode())
+
+
+def make_readonly(folder: str, sign: str) -> None:
+    """Waits for `sign`, and then lets no file in `folder` be opened for writing; files that are open stay so."""
+    while not os.path.exists(sign):
+        time.sleep(0.01)
+    read_only, remount, bind = 0x1, 0x20, 0x1000
+    path = os.fsencode(folder)
+    mount(path, path, None, bind)
+    mount(path, path, None, bind | remount | read_only)
+    os.rename(sign, f"{sign} done")
 
 
 def trace_rows(path: str) -> None:

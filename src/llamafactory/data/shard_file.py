@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamafactory.data.table import Shard
+from llamafactory.extras import failpoints
 from llamafactory.extras.files import fsync
 
 _FIELDS = ("example_ends", "group_ends", "tokens", "weights", "cuts", "origin_rows", "origin_files", "flags")
@@ -65,6 +66,7 @@ def write_shard(path: Path, shard: Shard, record: Mapping[str, Any]) -> None:
             stream.write(len(text).to_bytes(8, "little") + text)
             for array in arrays.values():
                 stream.write(array.data)
+        failpoints.visit("tokens.write")
         fsync(staging)
         staging.replace(path)
     finally:
@@ -83,6 +85,7 @@ def read_shard(path: Path, *, is_checked: bool = True) -> tuple[Shard, dict[str,
         DamagedShardError: the file is missing, cut off, or differs from what was written.
     """
     try:
+        failpoints.visit("tokens.read")
         with path.open("rb") as stream:
             start = 8 + int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(start - 8))

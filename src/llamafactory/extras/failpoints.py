@@ -17,6 +17,7 @@ from collections import Counter
 VARIABLE = "LLAMAFACTORY_FAILPOINT"
 NAMES = (
     "data", "load", "step", "micro", "eval", "predict", "sample", "final", "log", "reference",
+    "tokens.read", "tokens.write",
     "save.start", "save.shards", "save.file", "save.manifest", "save.rename", "save.done", "save.prune",
 )  # fmt: skip
 """The places there are."""
