@@ -25,3 +25,14 @@ def test_smoothing_starts_at_the_first_value_and_keeps_a_constant():
     assert smooth([3.0, 3.0, 3.0]) == [3.0, 3.0, 3.0]
     assert smooth([4.0, 2.0]) == [4.0, pytest.approx(3.0)]
     assert smooth([1.0] * 100 + [2.0])[-1] < 1.2  # a tenth of a long curve
+
+
+def test_a_reward_that_is_a_pattern_has_a_file_whose_name_any_system_takes(tmp_path):
+    keys = ["reward", "rewards/regex:^$a\\s*{$", "rewards/regex:^$a\\s*[$", "rewards/length:24"]
+    history = [{"current_steps": step, **dict.fromkeys(keys, 0.5)} for step in (1, 2)]
+    written = plot_curves(tmp_path, history)
+    assert [path.name for path in written] == [
+        "training_reward.png", "training_rewards_regex_a_s_.png", "training_rewards_regex_a_s__2.png",
+        "training_rewards_length_24.png",
+    ]  # fmt: skip
+    assert len(list(tmp_path.iterdir())) == 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,19 +12,30 @@ def plot_curves(output_dir: Path, history: Sequence[Mapping[str, Any]]) -> list[
     """Draws `training_<key>.png` for losses, accuracies and rewards that the log holds.
 
     Returns:
-        The files written; a curve of fewer than two points is not drawn.
+        The files written; a curve of fewer than two points is not drawn. Characters of a key that a file's name cannot
+        have everywhere (a reward may be a pattern) become `_`, and names that are the same then get a number.
     """
     keys = dict.fromkeys(key for row in history for key in row if _is_drawn(key))
-    written = []
+    written: list[Path] = []
     for key in keys:
         points = [(row["current_steps"], row[key]) for row in history if key in row]
         if len(points) > 1:
-            written.append(_draw(output_dir / f"training_{key.replace('/', '_')}.png", key, points))
+            written.append(_draw(_free_path(output_dir, key, written), key, points))
     return written
 
 
+def _free_path(folder: Path, key: str, taken: Sequence[Path]) -> Path:
+    stem = "training_" + re.sub(r"[^\w.-]+", "_", key)[:100]
+    path = folder / f"{stem}.png"
+    number = 2
+    while path in taken:
+        path = folder / f"{stem}_{number}.png"
+        number += 1
+    return path
+
+
 def _is_drawn(key: str) -> bool:
-    return key == "loss" or key.endswith(("_loss", "accuracy")) or key.startswith("rewards/")
+    return key in ("loss", "reward") or key.endswith(("_loss", "accuracy")) or key.startswith("rewards/")
 
 
 def smooth(values: Sequence[float]) -> list[float]:
@@ -44,7 +56,7 @@ def _draw(path: Path, key: str, points: Sequence[tuple[int, float]]) -> Path:
     axes.plot(steps, values, color="#9db7d5", linewidth=1.2, label="logged")
     axes.plot(steps, smooth(values), color="#1f4e8c", linewidth=2, label="smoothed")
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel(key)
+    axes.set_ylabel(key, parse_math=False)  # a pattern may hold $ twice
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     figure.savefig(path)
