@@ -57,6 +57,16 @@ def test_lines_of_something_else_are_refused_and_kept(tmp_path):
     assert (tmp_path / NAME).read_bytes() == before
 
 
+def test_another_batch_size_goes_on_and_is_said(tmp_path, capsys):
+    for size in (8, 8, 4):
+        batching = {"batch_size": size, "num_processes": 1}
+        file = PredictionsFile(tmp_path, {"weights": "a"}, num_rows=6, starts_afresh=False, batching=batching)
+        assert ("were made with {'batch_size': 8" in capsys.readouterr().err) == (size == 4)
+        file.write(0, LINES[:3])
+    assert file.num_lines == 3
+    assert json.loads((tmp_path / MADE_OF).read_text())["batching"] == batching
+
+
 def test_a_fresh_start_replaces_them_and_says_so(tmp_path, capsys):
     opened(tmp_path).write(0, LINES)
     file = opened(tmp_path, "other", starts_afresh=True)

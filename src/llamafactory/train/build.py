@@ -269,8 +269,9 @@ def build_feed(
     packs = training and schedule.items and not is_whole and (cfg.data.packing or cfg.data.neat_packing)
     if packs and not is_quiet:
         filled = sum(schedule.lengths) / (len(schedule.items) * cfg.data.cutoff_len)
+        num_packed = sum(map(len, schedule.items))
         log.info(
-            f"packing: {len(examples):,} examples in {len(schedule.items):,} bins of {cfg.data.cutoff_len:,} tokens, "
+            f"packing: {num_packed:,} examples in {len(schedule.items):,} bins of {cfg.data.cutoff_len:,} tokens, "
             f"{filled:.0%} full; examples of a bin never see each other"
         )
     kind = ROWS[view]

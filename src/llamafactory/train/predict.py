@@ -98,7 +98,10 @@ class Predictions:
         num_rows = self.predictor.num_rows
 
         def open_file() -> PredictionsFile:
-            return PredictionsFile(folder, made_of, num_rows=num_rows, starts_afresh=self.starts_afresh)
+            batching = {"batch_size": self.batch_size, "num_processes": self.accelerator.num_processes}
+            return PredictionsFile(
+                folder, made_of, num_rows=num_rows, starts_afresh=self.starts_afresh, batching=batching
+            )
 
         file, (done,) = self._on_main(open_file, lambda opened: [opened.num_lines])
         for start, lines in self._chunks(done):

@@ -19,6 +19,7 @@ from llamafactory.extras.files import write_json
 NAME = "generated_predictions.jsonl"
 MADE_OF = "generated_predictions.meta.json"
 _FORMAT = 1
+_BATCHING = "batching"
 
 
 class PredictionsFile:
@@ -28,7 +29,15 @@ class PredictionsFile:
         num_lines: that are there.
     """
 
-    def __init__(self, folder: Path, made_of: Mapping[str, Any], *, num_rows: int, starts_afresh: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        made_of: Mapping[str, Any],
+        *,
+        num_rows: int,
+        starts_afresh: bool,
+        batching: Mapping[str, int] | None = None,
+    ) -> None:
         """Looks at what is there, and takes out a line that a crash cut in half.
 
         Args:
@@ -36,6 +45,8 @@ class PredictionsFile:
             made_of: what decides the lines, JSON-able: model, rows, how answers are made.
             num_rows: lines of the whole file.
             starts_afresh: whether lines that are there are removed, whatever they were made of.
+            batching: rows of a batch and number of processes, noted beside the lines; others may go on with them,
+                because they change answers by rounding only, which is said.
 
         Raises:
             ConfigError: there are lines that were made of something else.
@@ -49,11 +60,16 @@ class PredictionsFile:
             self.path.unlink(missing_ok=True)
             note.unlink(missing_ok=True)
         elif self.path.is_file() or note.is_file():
-            _require_same(self.path, _read_note(note), wanted)
+            earlier = (there := _read_note(note) or {}).pop(_BATCHING, None)
+            _require_same(self.path, there or None, wanted)
+            if earlier != batching:
+                log.note(
+                    f"lines in {self.path} were made with {earlier}, and now {batching}: answers differ in rounding"
+                )
         self.num_lines, end = _whole_lines(self.path, num_rows)
         if self.path.is_file():
             os.truncate(self.path, end)
-        write_json(note, wanted)
+        write_json(note, wanted | {_BATCHING: batching})
         if self.num_lines:
             log.info(f"predictions: {self.num_lines:,} of {num_rows:,} are in {self.path} already")
 
