@@ -17,7 +17,7 @@ from llamafactory.train.tuner import run_exp
 
 pytestmark = pytest.mark.long
 
-PAIRS = {"file_name": "pairs.json", "formatting": "sharegpt", "ranking": True,
+PAIRS: dict[str, Any] = {"file_name": "pairs.json", "formatting": "sharegpt", "ranking": True,
          "columns": {"messages": "conversations", "chosen": "chosen", "rejected": "rejected"}}  # fmt: skip
 JUDGED = {"file_name": "judged.json", "formatting": "sharegpt",
           "columns": {"messages": "conversations", "kto_tag": "label"}}  # fmt: skip
@@ -31,12 +31,24 @@ STAGES = {
     "dpo kto_pair": {"stage": "dpo", "dataset": "pairs", "pref_loss": "kto_pair"},
     "kto": {"stage": "kto", "dataset": "judged"},
     "rm": {"stage": "rm", "dataset": "pairs"},
+    "rm of both": {"stage": "rm", "dataset": "pairs_with_margins,scored", "learning_rate": 1e-3},
     "dpo kept": {"stage": "dpo", "dataset": "pairs", "cache_reference": True, "overwrite_cache": True},
     "pt": {"stage": "pt", "dataset": "text"},
     "grpo": {"stage": "grpo", "num_generations": 4, "grpo_epochs": 2, **SAMPLED},
     "ppo": {"stage": "ppo", "ppo_epochs": 2, "ppo_whiten_rewards": True, "ppo_score_norm": True, **SAMPLED},
 }
-CURVES = ("loss", "rewards/margins", "kl", "accuracy", "reward", "entropy", "value_loss", "ratio", "logp_gap/p95")
+CURVES = (
+    "loss",
+    "rewards/margins",
+    "kl",
+    "accuracy",
+    "reward",
+    "entropy",
+    "value_loss",
+    "ratio",
+    "logp_gap/p95",
+    "mse",
+)
 LAUNCH = """
 import json, sys
 from llamafactory.compose import load_config
@@ -60,12 +72,19 @@ def data(tmp_path_factory):
         for number, (ask, text) in enumerate(zip(asked, said, strict=True))
     ]
     text = [{"text": line * 8} for line in said]
-    for name, rows in (("pairs", pairs), ("judged", judged), ("text", text)):
+    scored = [row | {"score": number / 4 - 1} for number, row in enumerate(judged[:6])]
+    with_margins = [row | {"margin": number / 4} for number, row in enumerate(pairs[:7])]
+    named = {"pairs": pairs, "judged": judged, "text": text, "scored": scored, "pairs_with_margins": with_margins}
+    for name, rows in named.items():
         (folder / f"{name}.json").write_text(json.dumps(rows))
     (folder / "rewards.py").write_text(EVEN)
     (folder / "asked.json").write_text(json.dumps([{"instruction": ask[0]["value"], "output": ""} for ask in asked]))
     entries = {
         "pairs": PAIRS, "judged": JUDGED, "text": {"file_name": "text.json", "columns": {"prompt": "text"}},
+        "scored": {"file_name": "scored.json", "formatting": "sharegpt",
+                   "columns": {"messages": "conversations", "score": "score"}},
+        "pairs_with_margins": PAIRS | {"file_name": "pairs_with_margins.json",
+                                       "columns": PAIRS["columns"] | {"margin": "margin"}},
         "asked": {"file_name": "asked.json", "columns": {"prompt": "instruction"}},
     }  # fmt: skip
     (folder / "dataset_info.json").write_text(json.dumps(entries))

@@ -289,6 +289,44 @@ def test_rm(margin):
     record("rm", f"margin {margin:g}", difference(of_ours, of_trl), difference(of_ours, of_paper))
 
 
+def test_rm_margins_of_rows():
+    margins = torch.tensor([0.0, 0.3, 1.0, 3.0, -0.5])
+
+    def of_ours(case):
+        scores = case.sums(case.policy)
+        return rm.ranking_losses(scores[::2], scores[1::2], margins).mean()
+
+    def of_trl(case):
+        from trl.trainer.reward_trainer import RewardTrainer
+
+        trainer = Trainer(args=SimpleNamespace(center_rewards_coefficient=None))
+        scores = case.sums(case.policy)
+        inputs = {"attention_mask": torch.ones(10, 1), "margin": margins}
+        logits = torch.cat([scores[::2], scores[1::2]])[:, None]
+        return RewardTrainer.compute_loss(trainer, lambda **_: SimpleNamespace(logits=logits), inputs)
+
+    def of_paper(case):
+        scores, total = case.sums(case.policy), torch.zeros(())
+        for place, margin in enumerate(margins.tolist()):
+            total = total - torch.log(sigma(scores[2 * place] - scores[2 * place + 1] - margin))
+        return total / PAIRS
+
+    record("rm", "a margin in each row", difference(of_ours, of_trl), difference(of_ours, of_paper))
+
+
+def test_rm_scores_of_rows():
+    labels = torch.linspace(-20, 4, 2 * PAIRS)
+
+    def of_ours(case):
+        return rm.score_losses(case.sums(case.policy), labels).mean() / 100
+
+    def of_formula(case):
+        pairs = zip(case.sums(case.policy), labels.tolist(), strict=True)
+        return sum((score - label) ** 2 for score, label in pairs) / (2 * PAIRS) / 100
+
+    record("rm", "a score in each row", None, difference(of_ours, of_formula))
+
+
 VOCAB, TARGETS = 40, torch.tensor([3, 0, 39, 17, 3, 21])
 
 

@@ -277,3 +277,17 @@ def test_a_reward_model_writes_its_scores_of_both_answers(train_config, repo_dir
     assert found["predict_rewards/chosen"] == pytest.approx(chosen, abs=0.01)
     assert found["predict_rewards/rejected"] == pytest.approx(rejected, abs=0.01)
     assert {"predict_loss", "predict_accuracy"} <= set(found)
+
+
+def test_scored_answers_are_predicted_beside_pairs(train_config, repo_dir):
+    examples = repo_dir / "examples" / "data"
+    files = [str(examples / f"{name}.jsonl") for name in ("scored_answers", "pairs_with_margins")]
+    keys = {"dataset": ",".join(files), "stage": "rm", "max_steps": 1, "val_size": 12, "do_predict": True}
+    result = run_exp(train_config(**keys, predict_with_generate=False))
+    lines = lines_of(result.output_dir)
+    assert {tuple(line) for line in lines} == {("chosen", "rejected"), ("score", "label")}
+    scored = [line for line in lines if "label" in line]
+    mse = sum((line["score"] - line["label"]) ** 2 for line in scored) / len(scored)
+    assert result.metrics["predict_mse"] == pytest.approx(mse, abs=0.05)
+    assert -1 <= result.metrics["predict_pearson"] <= 1
+    assert result.metrics["eval_supervised_tokens"] > 5 * len(lines)

@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 
 _DEFAULT_ROWS = "3"
 _SUPERVISED, _MARK, _DIM, _RESET = "\x1b[30;42m", "\x1b[97;41m", "\x1b[2m", "\x1b[0m"
-_NAMES = {"pairs": ("chosen", "rejected"), "prompts": ("prompt", "answer of the row")}
+_NAMES = {
+    "pairs": ("chosen", "rejected"),
+    "ranked": ("chosen", "rejected"),
+    "prompts": ("prompt", "answer of the row"),
+}
 _OPEN, _CLOSE, _BREAK = "⟦", "⟧", "↵"
 
 
@@ -61,6 +65,8 @@ def render_row(row: ShownRow, *, is_coloured: bool, has_ids: bool) -> Iterator[s
         yield f"{row.num_left_out} earlier answers are left out, because the template rewrites history"
     if row.is_liked is not None:
         yield "the answer is desirable" if row.is_liked else "the answer is undesirable"
+    if row.value is not None:
+        yield f"{_number_name(row)} {row.value:g}"
     for number, example in enumerate(row.examples, start=1):
         title = f"sequence {number} of {count}: " if count > 1 else ""
         title = f"{names[number - 1]}: " if names else title
@@ -72,6 +78,10 @@ def render_row(row: ShownRow, *, is_coloured: bool, has_ids: bool) -> Iterator[s
         if has_ids:
             yield from _token_lines(example)
     yield ""
+
+
+def _number_name(row: ShownRow) -> str:
+    return "margin" if len(row.examples) == 2 else "score"
 
 
 def render_text(example: ShownExample, *, is_coloured: bool) -> str:
@@ -111,7 +121,8 @@ def as_record(row: ShownRow | LostRow, *, has_ids: bool) -> dict[str, Any]:
     from llamafactory.data.preview import ShownRow
 
     if not isinstance(row, ShownRow):
-        return {"dataset": row.dataset, "origin": row.origin, "reason": row.render(), "label": None, "examples": []}
+        return {"dataset": row.dataset, "origin": row.origin, "reason": row.render(), "label": None, "score": None,
+                "margin": None, "examples": []}  # fmt: skip
     examples = [asdict(example) for example in row.examples]
     if not has_ids:
         for example in examples:
@@ -122,6 +133,8 @@ def as_record(row: ShownRow | LostRow, *, has_ids: bool) -> dict[str, Any]:
         "reason": row.reason or None,
         "num_left_out": row.num_left_out,
         "label": row.is_liked,
+        "score": row.value if _number_name(row) == "score" else None,
+        "margin": row.value if _number_name(row) == "margin" else None,
         "examples": examples,
     }
 

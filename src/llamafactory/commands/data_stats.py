@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
 
 def as_record(part: DatasetStatistics) -> dict[str, Any]:
     """The numbers of one data set with stable keys."""
-    from llamafactory.data.statistics import length_histogram, length_summary
+    from llamafactory.data.statistics import length_histogram, length_summary, value_summary
 
     return {
         "name": part.name,
@@ -64,13 +64,14 @@ def as_record(part: DatasetStatistics) -> dict[str, Any]:
         "num_cut_tokens": part.num_cut_tokens,
         "num_duplicates": part.num_duplicates,
         "lengths": length_summary(part.lengths),
+        "scores": value_summary(part.values) or None,
         "histogram": [one._asdict() for one in length_histogram(part.lengths)],
     }
 
 
 def render(part: DatasetStatistics, use: str, cutoff_len: int, overlong: str) -> Iterator[str]:
     """The numbers of one data set for people."""
-    from llamafactory.data.statistics import length_histogram, length_summary
+    from llamafactory.data.statistics import length_histogram, length_summary, value_summary
 
     yield f"{part.name} ({use})"
     yield f"  rows         {part.num_rows:,}, {part.num_kept:,} of them used"
@@ -86,6 +87,8 @@ def render(part: DatasetStatistics, use: str, cutoff_len: int, overlong: str) ->
     yield f"  duplicates   {part.num_duplicates:,} examples repeat an earlier one"
     if summary := length_summary(part.lengths):
         yield "  length       " + ", ".join(f"{name} {number:,g}" for name, number in summary.items())
+    if summary := value_summary(part.values):
+        yield "  scores       " + ", ".join(f"{name} {number:,g}" for name, number in summary.items())
     bins = length_histogram(part.lengths)
     highest = max((one.num_sequences for one in bins), default=0)
     for one in bins:

@@ -28,6 +28,7 @@ class AnswerGroup:
     Attributes:
         answers: one example an answer.
         is_desirable: of each answer, where answers are judged alone.
+        value: the margin of a pair (0 for none), or the score that a row gives its only answer.
         reference: float32 `[targets]` log-probabilities of each answer's supervised tokens under the reference, where
             they are known already.
         counts: False for a group that only keeps ranks in step: it has no weight in any sum.
@@ -35,6 +36,7 @@ class AnswerGroup:
 
     answers: tuple[Example, ...]
     is_desirable: tuple[bool, ...] = ()
+    value: float = 0.0
     reference: tuple[NDArray[np.float32], ...] | None = None
     counts: bool = True
 

@@ -13,7 +13,7 @@ from llamafactory.data.render import mask_options
 from llamafactory.data.row_error import RowError
 from llamafactory.data.table import Shard
 from llamafactory.data.types import DatasetSpec, Example, Template, Turn, ViewName
-from llamafactory.data.views import Reading, View, find_view, refuse_other_data
+from llamafactory.data.views import Reading, View, find_view, fit_spec
 from llamafactory.extras import failpoints
 from llamafactory.extras.errors import DataError
 from llamafactory.hparams.data import DataConfig
@@ -29,6 +29,7 @@ class EncodedRow(NamedTuple):
     Attributes:
         origin: names the row.
         flag: what is said about its answer, see `View`.
+        value: the number that it brings, see `View`.
         counts: what rendering counted.
         cuts: one an example.
         shard: where its examples lie, among those of other rows.
@@ -39,6 +40,7 @@ class EncodedRow(NamedTuple):
 
     origin: str
     flag: int
+    value: float
     counts: dict[str, int]
     cuts: Sequence[Cut]
     shard: Shard
@@ -92,7 +94,7 @@ class RowEncoder:
         """The records as examples, in their order; those that break a rule are handed to `lose`."""
         failpoints.visit("data")
         sequences: list[Sequence[Turn]] = []
-        rows: list[tuple[str, int, dict[str, int], int]] = []
+        rows: list[tuple[str, int, float, dict[str, int], int]] = []
         for origin, record in records:
             counts: dict[str, int] = {}
             try:
@@ -101,7 +103,7 @@ class RowEncoder:
                 lose(origin, error)
                 continue
             sequences += turns
-            rows.append((origin, self.view.flag(record), counts, len(turns)))
+            rows.append((origin, self.view.flag(record), self.view.value(record), counts, len(turns)))
         encoded = self.encoder.encode(sequences)
         cuts: list[Cut] = []
         ends: list[int] = []
@@ -113,8 +115,8 @@ class RowEncoder:
         shard = assemble_all(cuts)
         num_supervised, num_cut = shard.num_supervised.tolist(), shard.cuts.tolist()
         return [
-            EncodedRow(origin, flag, counts, cuts[i:j], shard, range(i, j), num_supervised[i:j], num_cut[i:j])
-            for (origin, flag, counts, _), i, j in zip(rows, [0, *ends], ends, strict=False)
+            EncodedRow(origin, flag, value, counts, cuts[i:j], shard, range(i, j), num_supervised[i:j], num_cut[i:j])
+            for (origin, flag, value, counts, _), i, j in zip(rows, [0, *ends], ends, strict=False)
         ]
 
     def keep(self, row: EncodedRow) -> tuple[Sequence[int], str]:
@@ -150,9 +152,8 @@ def open_reader(
     Raises:
         DataError: data that only another stage can learn from.
     """
-    refuse_other_data(spec, view)
     return RecordReader(
-        spec=spec,
+        spec=fit_spec(spec, view),
         max_samples=data.max_samples,
         seed=seed,
         variables=data.data_variables,

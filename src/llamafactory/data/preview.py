@@ -62,6 +62,7 @@ class ShownRow:
         num_left_out: answers that `rewritten_history: last` leaves out.
         view: how the stage reads rows.
         is_liked: what the row says about its answer; None where it says nothing.
+        value: the score of its answer or the margin of its pair; None where it has none.
     """
 
     dataset: str
@@ -71,6 +72,7 @@ class ShownRow:
     num_left_out: int = 0
     view: ViewName = "sft"
     is_liked: bool | None = None
+    value: float | None = None
 
 
 def preview_rows(
@@ -118,6 +120,7 @@ def preview_rows(
             num_left_out=row.counts.get(LEFT_OUT, 0),
             view=view,
             is_liked=None if row.flag == NO_FLAG else bool(row.flag),
+            value=row.value if reader.has_numbers else None,
         )
     yield from reader.lost
 

@@ -13,8 +13,9 @@ from llamafactory.data.formats import Record, RowFormat, find_format
 from llamafactory.data.order import sample_order
 from llamafactory.data.row_error import RowError
 from llamafactory.data.row_media import conversation_of, with_media
+from llamafactory.data.row_numbers import with_numbers
 from llamafactory.data.sources import SourceRow, read_source
-from llamafactory.data.types import Conversation, DatasetSpec, Feedback, Message, Preference
+from llamafactory.data.types import Conversation, DatasetSpec, Feedback, Message, Preference, Scored
 from llamafactory.extras.errors import DataError
 from llamafactory.extras.log import warn
 
@@ -43,6 +44,11 @@ class RecordReader:
     allows_media: bool = True
     num_rows: int = 0
     lost: list[LostRow] = field(default_factory=list)
+
+    @property
+    def has_numbers(self) -> bool:
+        """Whether every row has a score or a margin."""
+        return bool(self.spec.columns.get("score") or self.spec.columns.get("margin"))
 
     def lose(self, origin: str, error: RowError) -> None:
         """Note a row that cannot be used."""
@@ -83,14 +89,15 @@ class RecordReader:
 
 
 def read_record(row: SourceRow, row_format: RowFormat, spec: DatasetSpec) -> Record:
-    """The row in canonical form, with its media.
+    """The row in canonical form, with its media and the numbers that judge its answers.
 
     Raises:
         RowError: the row breaks a rule.
     """
     if row.fault is not None:
         raise row.fault
-    return with_media(row_format.read_row(row.values, spec, row.origin), row.values, spec)
+    record = with_numbers(row_format.read_row(row.values, spec, row.origin), row.values, spec)
+    return with_media(record, row.values, spec)
 
 
 def hashable(row: SourceRow) -> bytes:
@@ -131,8 +138,8 @@ def fill_variables(record: Record, variables: Mapping[str, str], dataset: str) -
     match record:
         case Preference():
             prompt = _with_messages(record.prompt, fill)
-            return Preference(prompt=prompt, chosen=fill(record.chosen), rejected=fill(record.rejected))
-        case Feedback():
+            return replace(record, prompt=prompt, chosen=fill(record.chosen), rejected=fill(record.rejected))
+        case Feedback() | Scored():
             return replace(record, conversation=_with_messages(record.conversation, fill))
         case _:
             return _with_messages(record, fill)

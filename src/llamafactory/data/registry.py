@@ -155,7 +155,9 @@ def spec_from_file(path: Path, access: SourceAccess = NO_ACCESS) -> DatasetSpec:
 
 def _kind(detected: Detected) -> str:
     if detected.is_ranking:
-        return " preference pairs"
+        return " preference pairs" + (" with margins" if "margin" in detected.columns else "")
+    if "score" in detected.columns:
+        return " with scored answers"
     if "kto_tag" in detected.columns:
         return " with judged answers"
     return " plain text" if detected.columns == {"prompt": "text"} else ""

@@ -17,7 +17,7 @@ from llamafactory.extras.log import note
 from llamafactory.extras.suggest import did_you_mean
 
 REMOTE = "REMOTE:"
-_ANSWERS = ("chosen", "rejected", "kto_tag")
+_ANSWERS = ("chosen", "rejected", "margin", "kto_tag", "score")
 _COLUMNS = (
     "prompt",
     "query",
@@ -63,6 +63,8 @@ def spec_from_entry(
     _check_types(entry, where)
     formatting: str = entry.get("formatting") or "alpaca"
     row_format = find_format(formatting)
+    columns = _block(entry, "columns", _COLUMNS, row_format.DEFAULT_COLUMNS, where)
+    _check_numbers(formatting, columns, is_ranking=bool(entry.get("ranking")), where=where)
     source, location = _place(entry, where, dataset_dir)
     _check_options(entry, source, where)
     return DatasetSpec(
@@ -75,7 +77,7 @@ def spec_from_entry(
         split=entry.get("split") or "train",
         folder=entry.get("folder"),
         num_samples=entry.get("num_samples"),
-        columns=_block(entry, "columns", _COLUMNS, row_format.DEFAULT_COLUMNS, where),
+        columns=columns,
         tags=_block(entry, "tags", _TAGS, row_format.DEFAULT_TAGS, where),
         media_dir=access.media_dir or _registry_folder(dataset_dir) if source == "file" else access.media_dir,
         access=access,
@@ -101,6 +103,27 @@ def _check_options(entry: Mapping[str, Any], source: Source, where: str) -> None
     if source == "cloud":
         check_cloud_url(entry["cloud_file_name"])
     check_hub(source, where)
+
+
+def _check_numbers(formatting: str, columns: Mapping[str, str | None], *, is_ranking: bool, where: str) -> None:
+    """A margin belongs to a pair, a score to a single answer."""
+    wrong = "score" if is_ranking else "margin"
+    if columns.get(wrong):
+        what = "a pair (ranking: true) has a margin" if is_ranking else "a margin is that of a pair"
+        raise DataError(
+            f"a column '{wrong}' that does not fit the rows",
+            where=f"{where}: columns",
+            found=what,
+            expected="margin with ranking: true, score without it",
+            fix="name the column as margin" if is_ranking else "set ranking: true, or name the column as score",
+        )
+    if columns.get("score") and formatting == "alpaca" and not columns.get("response"):
+        raise DataError(
+            "a column 'score' without an answer that it judges",
+            where=f"{where}: columns",
+            expected="a column of answers too",
+            fix='name it: "response": "output"',
+        )
 
 
 def _place(entry: Mapping[str, Any], where: str, dataset_dir: str | Mapping[str, Any]) -> tuple[Source, str]:

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TypeVar, cast
 
 from llamafactory.data.row_error import RowError, describe, read_text
-from llamafactory.data.types import Conversation, DatasetSpec, Feedback, Media, MediaKind, Message, Preference
+from llamafactory.data.types import Conversation, DatasetSpec, Feedback, Media, MediaKind, Message, Preference, Scored
 
 PLACEHOLDERS: Mapping[MediaKind, str] = {"image": "<image>", "video": "<video>", "audio": "<audio>"}
 _COLUMNS: Mapping[MediaKind, str] = {"image": "images", "video": "videos", "audio": "audios"}
 _EXPECTED = "a path, a URL, an object with bytes, or a list of such"
-_RecordT = TypeVar("_RecordT", bound=Conversation | Preference | Feedback)
+_RecordT = TypeVar("_RecordT", bound=Conversation | Preference | Feedback | Scored)
 
 
 def with_media(record: _RecordT, row: Mapping[str, object], spec: DatasetSpec) -> _RecordT:
@@ -63,12 +63,12 @@ def _only_marks_a_place(media: Media, columns: Mapping[MediaKind, str]) -> bool:
     return True
 
 
-def conversation_of(record: Conversation | Preference | Feedback) -> Conversation:
+def conversation_of(record: Conversation | Preference | Feedback | Scored) -> Conversation:
     """The conversation that holds the record's media."""
     match record:
         case Preference():
             return record.prompt
-        case Feedback():
+        case Feedback() | Scored():
             return record.conversation
         case _:
             return record
@@ -148,6 +148,6 @@ def _check_places(messages: Iterable[Message], media: Iterable[Media], columns: 
 def _with_prompt(record: _RecordT, prompt: Conversation) -> _RecordT:
     if isinstance(record, Preference):
         return cast(_RecordT, replace(record, prompt=prompt))
-    if isinstance(record, Feedback):
+    if isinstance(record, Feedback | Scored):
         return cast(_RecordT, replace(record, conversation=prompt))
     return cast(_RecordT, prompt)

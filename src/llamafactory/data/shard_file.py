@@ -20,7 +20,17 @@ from llamafactory.data.table import Shard
 from llamafactory.extras import failpoints
 from llamafactory.extras.files import fsync
 
-_FIELDS = ("example_ends", "group_ends", "tokens", "weights", "cuts", "origin_rows", "origin_files", "flags")
+_FIELDS = (
+    "example_ends",
+    "group_ends",
+    "tokens",
+    "weights",
+    "cuts",
+    "values",
+    "origin_rows",
+    "origin_files",
+    "flags",
+)
 """Wide ones first: all are aligned."""
 _DTYPES = {"I8": np.int8, "I32": np.int32, "I64": np.int64, "F32": np.float32}
 _NAMES = {np.dtype(dtype).name: name for name, dtype in _DTYPES.items()}
@@ -98,7 +108,11 @@ def read_shard(path: Path, *, is_checked: bool = True) -> tuple[Shard, dict[str,
         if is_checked and _rest_checksum(path, start, _header_checksum(header)) != written:
             raise DamagedShardError(f"{path.name} does not have the checksum that it was written with")
         mapped = np.memmap(path, dtype=np.uint8, mode="r")
-        arrays: dict[str, Any] = {"weights": None, "origin_names": tuple(json.loads(meta["origin_names"]))}
+        arrays: dict[str, Any] = {
+            "weights": None,
+            "values": None,
+            "origin_names": tuple(json.loads(meta["origin_names"])),
+        }
         for name, entry in entries.items():
             first, last = (start + offset for offset in entry["data_offsets"])
             arrays[name] = _view(mapped[first:last], entry["dtype"])

@@ -35,6 +35,7 @@ class DatasetStatistics:
         num_over_cutoff: rows with a sequence longer than `cutoff_len`, whatever `overlong` makes of them.
         num_cut_tokens: tokens that truncation takes out of the examples.
         num_duplicates: examples that equal an earlier one in all ids and labels.
+        values: float64 `[rows used]` scores or margins of the rows; empty where they have none.
     """
 
     name: str
@@ -48,6 +49,7 @@ class DatasetStatistics:
     num_over_cutoff: int
     num_cut_tokens: int
     num_duplicates: int
+    values: NDArray[np.float64]
 
     @property
     def supervised_share(self) -> float:
@@ -78,6 +80,7 @@ def measure_dataset(
     dropped: Counter[str] = Counter()
     totals: Counter[str] = Counter()
     lengths: list[int] = []
+    values: list[float] = []
     seen: set[bytes] = set()
     for row in encode_rows(reader, rows):
         lengths += [len(example) + example.num_cut for example in row.examples]
@@ -86,6 +89,7 @@ def measure_dataset(
         if not kept:
             dropped[reason] += 1
         totals["kept"] += bool(kept)
+        values += [row.value] if kept and reader.has_numbers else []
         for example in [row.shard.example(place) for place in kept]:
             totals["examples"] += 1
             totals["tokens"] += len(example)
@@ -105,6 +109,7 @@ def measure_dataset(
         num_over_cutoff=totals["over"],
         num_cut_tokens=totals["cut"],
         num_duplicates=totals["examples"] - len(seen),
+        values=np.array(values, dtype=np.float64),
     )
 
 
@@ -134,6 +139,14 @@ def length_summary(lengths: NDArray[np.int64]) -> dict[str, float]:
         "p99": round(float(nearly_all), 1),
         "max": int(lengths.max()),
     }
+
+
+def value_summary(values: NDArray[np.float64]) -> dict[str, float]:
+    """Smallest, mean and largest value and their standard deviation; empty where there are none."""
+    if not len(values):
+        return {}
+    facts = {"min": values.min(), "mean": values.mean(), "max": values.max(), "std": values.std()}
+    return {name: round(float(value), 6) for name, value in facts.items()}
 
 
 def mix_shares(parts: Sequence[DatasetStatistics]) -> list[dict[str, float]]:

@@ -163,7 +163,7 @@ class ExampleStream:
         for encoded in self._encoder.encode(records, lose):
             kept, reason = self._encoder.keep(encoded)
             if kept:
-                builder.take(encoded.shard, kept, encoded.flag)
+                builder.take(encoded.shard, kept, encoded.flag, encoded.value)
                 builder.note_origin(encoded.origin)
             else:
                 lost.append(LostRow(dataset=names[encoded.origin], origin=encoded.origin, reason=reason, is_bad=False))

@@ -13,7 +13,7 @@ from llamafactory.data.registry import find_specs
 from llamafactory.data.stream import ExampleStream, streamed_report
 from llamafactory.data.stream_rows import StreamOptions
 from llamafactory.data.types import SourceAccess, Template, ViewName
-from llamafactory.data.views import find_view, refuse_other_data
+from llamafactory.data.views import find_view, fit_spec
 from llamafactory.extras.errors import DataError
 from llamafactory.extras.log import warn
 from llamafactory.hparams.data import DataConfig
@@ -50,9 +50,9 @@ def prepare_stream(
         DataError: unreadable data, or no row among the first that can be used.
     """
     access = access or SourceAccess(media_dir=data.media_dir)
-    specs = find_specs(data.dataset, data.dataset_dir, replace(access, is_streaming=True))
+    found = find_specs(data.dataset, data.dataset_dir, replace(access, is_streaming=True))
+    specs = [fit_spec(spec, find_view(view)) for spec in found]
     for spec in specs:
-        refuse_other_data(spec, find_view(view))
         if spec.num_samples is not None:
             warn(f"{spec.name}: num_samples has no effect with streaming")
     options = StreamOptions(

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from llamafactory.data.types import IGNORE_INDEX, Example
 
 NO_FLAG = -1
+NO_VALUE = float("nan")
 _ORIGIN = re.compile(r"(.*[:#])(\d+)", re.DOTALL)
 
 
@@ -30,6 +31,7 @@ class Shard:
         cuts: int32 `[examples]`, tokens that truncation took out.
         group_ends: int64 `[groups]`, the example behind each group.
         flags: int8 `[groups]`, 1 or 0 (an answer was liked or not), `NO_FLAG` where the view has none.
+        values: float32 `[groups]`, the number that each row brings; None where the view has none.
         origin_rows: int32 `[groups]`, number of the row or line of each group; None where nobody noted it.
         origin_files: int32 `[groups]`, number of its file in `origin_names`.
         origin_names: files of the rows, each with the mark between its name and a number: `rows.json#`.
@@ -41,6 +43,7 @@ class Shard:
     cuts: NDArray[np.int32]
     group_ends: NDArray[np.int64]
     flags: NDArray[np.int8]
+    values: NDArray[np.float32] | None = None
     origin_rows: NDArray[np.int32] | None = None
     origin_files: NDArray[np.int32] | None = None
     origin_names: tuple[str, ...] = ()
@@ -107,28 +110,30 @@ class ShardBuilder:
         self._cuts: list[int] = []
         self._group_ends: list[int] = []
         self._flags: list[int] = []
+        self._values: list[float] = []
         self._origins: dict[int, tuple[str, int]] = {}  # of groups
 
-    def add(self, group: Sequence[Example], flag: int = NO_FLAG) -> None:
+    def add(self, group: Sequence[Example], flag: int = NO_FLAG, value: float = NO_VALUE) -> None:
         """Append the examples of one row."""
         for example in group:
             self._tokens.append(np.where(example.labels == IGNORE_INDEX, ~example.input_ids, example.input_ids))
             self._weights.append(example.weights)
             self._cuts.append(example.num_cut)
-        self._end_group(flag)
+        self._end_group(flag, value)
 
-    def take(self, shard: Shard, places: Iterable[int], flag: int = NO_FLAG) -> None:
+    def take(self, shard: Shard, places: Iterable[int], flag: int = NO_FLAG, value: float = NO_VALUE) -> None:
         """Append the examples at these places of a shard as those of one row."""
         for place in places:
             part = slice(int(shard.example_ends[place - 1]) if place else 0, int(shard.example_ends[place]))
             self._tokens.append(shard.tokens[part])
             self._weights.append(None if shard.weights is None else shard.weights[part])
             self._cuts.append(int(shard.cuts[place]))
-        self._end_group(flag)
+        self._end_group(flag, value)
 
-    def _end_group(self, flag: int) -> None:
+    def _end_group(self, flag: int, value: float) -> None:
         self._group_ends.append(len(self._tokens))
         self._flags.append(flag)
+        self._values.append(value)
 
     def note_origin(self, origin: str) -> None:
         """Keeps where the group that was added last comes from: `rows.jsonl:12` or `rows.json#12`."""
@@ -152,6 +157,7 @@ class ShardBuilder:
             cuts=np.array(self._cuts, dtype=np.int32),
             group_ends=np.array(self._group_ends, dtype=np.int64),
             flags=np.array(self._flags, dtype=np.int8),
+            values=_unless_none(np.array(self._values, dtype=np.float32)),
             **self._noted_origins(),
         )
 
@@ -184,6 +190,11 @@ class Examples(Protocol):
         """What is said about each group, see `Shard`; None where the view says nothing."""
         ...
 
+    @property
+    def values(self) -> NDArray[np.float32] | None:
+        """The number that each group brings, see `Shard`."""
+        ...
+
     def __len__(self) -> int:
         """Number of examples."""
         ...
@@ -208,6 +219,7 @@ class ExampleTable(Sequence[Example]):
         lengths: int64 `[examples]`, tokens of each example.
         offsets: int64 `[groups + 1]`; group `g` holds the examples `offsets[g]` up to `offsets[g + 1]`.
         flags: int8 `[groups]`, see `Shard`; None where the view has none.
+        values: float32 `[groups]`, see `Shard`.
     """
 
     shards: tuple[Shard, ...]
@@ -216,6 +228,7 @@ class ExampleTable(Sequence[Example]):
     lengths: NDArray[np.int64]
     offsets: NDArray[np.int64]
     flags: NDArray[np.int8] | None
+    values: NDArray[np.float32] | None = None
 
     @property
     def num_groups(self) -> int:
@@ -264,6 +277,7 @@ class ExampleTable(Sequence[Example]):
             lengths=self.lengths[places],
             offsets=offsets,
             flags=None if self.flags is None else self.flags[chosen],
+            values=None if self.values is None else self.values[chosen],
         )
 
 
@@ -280,6 +294,7 @@ def table_of(shards: Iterable[Shard]) -> ExampleTable:
         lengths=_joined([np.diff(shard.example_ends, prepend=0) for shard in parts], np.int64),
         offsets=_joined([np.zeros(1, np.int64), *ends], np.int64),
         flags=flags if bool((flags != NO_FLAG).any()) else None,
+        values=_joined_values([(shard.values, len(shard.group_ends)) for shard in parts]),
     )
 
 
@@ -299,7 +314,18 @@ def join_tables(tables: Sequence[ExampleTable]) -> ExampleTable:
             np.int64,
         ),
         flags=None if all(table.flags is None for table in tables) else _joined(flags, np.int8),
+        values=_joined_values([(table.values, table.num_groups) for table in tables]),
     )
+
+
+def _joined_values(parts: Sequence[tuple[NDArray[np.float32] | None, int]]) -> NDArray[np.float32] | None:
+    """The values of all parts; a part without any has `NO_VALUE` for each of its groups."""
+    filled = [np.full(count, NO_VALUE, np.float32) if values is None else values for values, count in parts]
+    return _unless_none(_joined(filled, np.float32))
+
+
+def _unless_none(values: NDArray[np.float32]) -> NDArray[np.float32] | None:
+    return None if bool(np.isnan(values).all()) else values
 
 
 def _starts(sizes: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:

@@ -125,7 +125,7 @@ def encode_shard(chunk: Sequence[SourceRow], reader: RecordReader, rows: RowEnco
                     counts.update(row.counts)
                 kept, reason = rows.keep(row)
                 if kept:
-                    builder.take(row.shard, kept, row.flag)
+                    builder.take(row.shard, kept, row.flag, row.value)
                     builder.note_origin(row.origin)
                 else:
                     dropped.append(LostRow(dataset="", origin=row.origin, reason=reason, is_bad=False))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
 TrainOn: TypeAlias = Literal["all", "last", "tool_calls"]
 RewrittenHistory: TypeAlias = Literal["split", "last"]
-ViewName: TypeAlias = Literal["sft", "pairs", "feedback", "text", "prompts", "answers"]
+ViewName: TypeAlias = Literal["sft", "pairs", "feedback", "text", "prompts", "answers", "ranked"]
 """How a stage reads rows, see `views`."""
 MediaKind: TypeAlias = Literal["image", "video", "audio"]
 IGNORE_INDEX = -100
@@ -80,11 +80,12 @@ class Conversation:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preference:
-    """Two answers to one prompt, the first preferred."""
+    """Two answers to one prompt, the first preferred; `margin` says by how much, where somebody said so."""
 
     prompt: Conversation
     chosen: Message
     rejected: Message
+    margin: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,6 +94,14 @@ class Feedback:
 
     conversation: Conversation
     is_desirable: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scored:
+    """A conversation whose last answer has a score."""
+
+    conversation: Conversation
+    score: float
 
 
 class Piece(NamedTuple):

@@ -16,29 +16,32 @@ from llamafactory.data.encode import Cut, EncodedTurn, join_history, kept_length
 from llamafactory.data.formats import Record
 from llamafactory.data.render import render_turns
 from llamafactory.data.row_error import RowError
-from llamafactory.data.table import NO_FLAG
+from llamafactory.data.table import NO_FLAG, NO_VALUE
 from llamafactory.data.types import (
     Conversation,
     DatasetSpec,
     Feedback,
     MaskOptions,
     Preference,
+    Scored,
     Segment,
     Template,
     Turn,
     ViewName,
 )
 from llamafactory.extras.errors import DataError
+from llamafactory.extras.log import note
 
 _KINDS = {
     "conversations": "conversations whose answers are all good",
     "pairs": "preference pairs (ranking: true)",
     "feedback": "judged answers (a kto_tag column)",
+    "scores": "scored answers (a score column)",
     "text": "plain text (no column of answers)",
 }
 _LAST_ANSWER = MaskOptions(train_on="last")
 """The mask of views in which one answer is compared or judged."""
-_STAGES = {"conversations": "sft, ppo", "pairs": "rm, dpo", "feedback": "kto", "text": "pt"}
+_STAGES = {"conversations": "sft, ppo, grpo", "pairs": "rm, dpo", "feedback": "kto", "scores": "rm", "text": "pt"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,6 +73,8 @@ class View:
         render: the sequences of a row; none where no answer carries loss. May count things of the row.
         cut: sequences with ids -> examples, with what is kept of them.
         flag: what is said about the answer of a row.
+        numbers: the columns of numbers about answers that it reads; others are left alone, see `fit_spec`.
+        value: the number that a row brings: the score of its answer, or the margin of its pair.
         is_whole: the examples of a row are used together or not at all, and make up one item of a batch.
         is_supervised: an example without a supervised token is of no use.
     """
@@ -79,6 +84,8 @@ class View:
     render: Callable[[Record, Reading, dict[str, int]], Sequence[Sequence[Turn]]]
     cut: Callable[[Sequence[Sequence[EncodedTurn]], Reading], list[Cut]]
     flag: Callable[[Record], int] = lambda record: NO_FLAG
+    numbers: tuple[str, ...] = ()
+    value: Callable[[Record], float] = lambda record: NO_VALUE
     is_whole: bool = True
     is_supervised: bool = True
 
@@ -89,23 +96,34 @@ def find_view(name: ViewName) -> View:
 
 
 def kind_of(spec: DatasetSpec) -> str:
-    """What a data set holds, as its entry says: `pairs`, `feedback`, `text` or `conversations`."""
+    """What a data set holds, as its entry says: `pairs`, `feedback`, `scores`, `text` or `conversations`."""
     if spec.is_ranking:
         return "pairs"
+    if spec.columns.get("score"):
+        return "scores"
     if spec.columns.get("kto_tag"):
         return "feedback"
     return "text" if spec.formatting == "alpaca" and not spec.columns.get("response") else "conversations"
 
 
-def refuse_other_data(spec: DatasetSpec, view: View) -> None:
-    """Stop where the entry says that the view cannot read the rows.
+def fit_spec(spec: DatasetSpec, view: View) -> DatasetSpec:
+    """The data set as the view reads it: without columns that judge answers in a way the view has no use for.
+
+    Says once which columns these are.
 
     Raises:
         DataError: data for another stage.
     """
+    unused = {key for key in ("score", "margin") if spec.columns.get(key) and key not in view.numbers}
+    if "score" in view.numbers and spec.columns.get("score") and spec.columns.get("kto_tag"):
+        unused.add("kto_tag")
+    if unused:
+        names = " and ".join(f"'{spec.columns[key]}' ({key})" for key in sorted(unused))
+        note(f"{spec.name}: the column {names} is not used by this stage", once=True)
+        spec = replace(spec, columns={key: name for key, name in spec.columns.items() if key not in unused})
     kind = kind_of(spec)
     if kind in view.kinds:
-        return
+        return spec
     fix = f"such data is for the stages: {_STAGES[kind]}"
     if kind == "text":
         fix += "; or name the column of answers: columns: {response: ...}"
@@ -169,8 +187,22 @@ def _cut_judged(sequences: Sequence[Sequence[EncodedTurn]], reading: Reading) ->
 
 
 def _render_answer(record: Record, reading: Reading, counts: dict[str, int]) -> Sequence[Sequence[Turn]]:
-    conversation = record.conversation if isinstance(record, Feedback) else _of(record, Conversation)
+    conversation = record.conversation if isinstance(record, Feedback | Scored) else _of(record, Conversation)
     return _render_last(conversation, reading)
+
+
+def _render_ranked(record: Record, reading: Reading, counts: dict[str, int]) -> Sequence[Sequence[Turn]]:
+    if isinstance(record, Preference):
+        return _render_pair(record, reading, counts)
+    return _render_last(_of(record, Scored).conversation, reading)
+
+
+def _cut_ranked(sequences: Sequence[Sequence[EncodedTurn]], reading: Reading) -> list[Cut]:
+    return _cut_pair(sequences, reading) if len(sequences) == 2 else _cut_judged(sequences, reading)
+
+
+def _number_of(record: Record) -> float:
+    return record.margin if isinstance(record, Preference) else _of(record, Scored).score
 
 
 def _is_liked(record: Record) -> int:
@@ -244,6 +276,14 @@ _VIEWS: dict[ViewName, View] = {
         View(name="sft", kinds=("conversations",), render=_render_dialogue, cut=_cut_dialogue, is_whole=False),
         View(name="pairs", kinds=("pairs",), render=_render_pair, cut=_cut_pair),
         View(name="feedback", kinds=("feedback",), render=_render_judged, cut=_cut_judged, flag=_is_liked),
+        View(
+            name="ranked",
+            kinds=("pairs", "scores"),
+            render=_render_ranked,
+            cut=_cut_ranked,
+            numbers=("score", "margin"),
+            value=_number_of,
+        ),
         View(name="answers", kinds=("conversations", "feedback"), render=_render_answer, cut=_cut_judged),
         View(name="text", kinds=("text",), render=_render_text, cut=_cut_text, is_whole=False),
         View(

@@ -26,14 +26,14 @@ def evaluate(job: Job, *, generates: bool = True) -> dict[str, float]:
     for prefix, feed in job.evaluation.items():
         started = time.monotonic()
         batches = feed.one_pass(job.accelerator.process_index)
-        averages, units = steps.evaluation_loss(job.accelerator, job.module, batches)
+        averages, num_targets = steps.evaluation_loss(job.accelerator, job.module, batches)
         seconds = time.monotonic() - started
         values |= {
             **{f"{prefix}_{name}": value for name, value in averages.items()},
             f"{prefix}_runtime": round(seconds, 4),
             f"{prefix}_samples_per_second": round(len(feed.examples) / seconds, 3),
             f"{prefix}_steps_per_second": round(feed.schedule.windows_per_epoch / seconds, 3),
-            f"{prefix}_supervised_tokens": float(units),
+            f"{prefix}_supervised_tokens": float(num_targets),
         }
     if generates and job.predictions is not None and job.predictions.in_evaluation:
         values |= job.predictions.score()

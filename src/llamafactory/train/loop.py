@@ -213,7 +213,7 @@ class _Run:
             self._measure_peak_again()
             self._look_for_spikes(span)
         averages = span.sums.averages(self.job.accelerator)
-        derived = self.job.accelerator.unwrap_model(self.job.module).summarise({"loss": loss, **averages})
+        shown = self.job.accelerator.unwrap_model(self.job.module).summarise(averages | {"loss": loss})
         row = {
             "loss": loss,
             "lr": span.learning_rate,
@@ -224,8 +224,7 @@ class _Run:
             "mfu": self._mfu(span, seconds),
             "save_stall": round(span.stalled, 4) if span.stalled else None,
             "skipped_steps": self.guard.num_skipped or None,
-            **averages,
-            **derived,
+            **shown,
         }
         self._since_log = Span(self.job.accelerator.device)
         self._logged_at = self.step

@@ -15,7 +15,7 @@ from llamafactory.extras.errors import ConfigError, DataError, Problem
 from llamafactory.train.companions import language_model
 from llamafactory.train.job import Job
 from llamafactory.train.predict import Predictions, Predictor
-from llamafactory.train.predictors import AnswerPredictor, PairPredictor
+from llamafactory.train.predictors import AnswerPredictor, ScorePredictor
 from llamafactory.train.stage import load_stage
 from llamafactory.train.text import data_seed
 
@@ -132,7 +132,7 @@ def with_predictions(
             batch_size=batch_size,
         )
     else:
-        predictor = PairPredictor(
+        predictor = ScorePredictor(
             feeds=cast("Any", job.evaluation),
             model=cast("Any", policy),
             device=job.accelerator.device,

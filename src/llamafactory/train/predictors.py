@@ -1,4 +1,4 @@
-"""The predictions there are: answers to prompts, and scores of the two answers of a pair."""
+"""The predictions there are: answers to prompts, and scores of answers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerFast
 
-    from llamafactory.data.answer_batch import AnswerBatch
+    from llamafactory.data.ranked_batch import RankedBatch
     from llamafactory.data.table import ExampleTable
     from llamafactory.hparams.generation import GenerationConfig
     from llamafactory.model.valuehead import ModelWithValueHead
@@ -131,14 +131,16 @@ class AnswerPredictor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairPredictor:
-    """Scores both answers of every pair: `{chosen, rejected}`, rounded to two digits.
+class ScorePredictor:
+    """Scores both answers of every pair, `{chosen, rejected}`, and every single answer, `{score, label}`.
+
+    Scores are rounded to two digits; `label` is the score that the row gives.
 
     Attributes:
-        feeds: prefix of the metric names -> pairs.
+        feeds: prefix of the metric names -> rows.
         model: with a value head, on its device.
         device: of the model.
-        batch_size: pairs that are scored together.
+        batch_size: rows that are scored together.
     """
 
     feeds: Mapping[str, Feed]
@@ -148,7 +150,7 @@ class PairPredictor:
 
     @property
     def num_rows(self) -> int:
-        """Pairs of all sets."""
+        """Rows of all sets."""
         return sum(len(feed.schedule.items) for feed in self.feeds.values())
 
     def lines(self, rows: Sequence[int]) -> list[Line]:
@@ -157,20 +159,21 @@ class PairPredictor:
         for feed, places in self._places(rows):
             for first in range(0, len(places), self.batch_size):
                 items = [feed.schedule.items[place] for place in places[first : first + self.batch_size]]
-                batch = cast("AnswerBatch", feed.batch(items).to(self.device))
-                values = answer_scores(self.model, batch).tolist()
-                lines += [
-                    {"chosen": _rounded(chosen), "rejected": _rounded(rejected)}
-                    for chosen, rejected in zip(values[::2], values[1::2], strict=True)
-                ]
+                batch = cast("RankedBatch", feed.batch(items).to(self.device))
+                scores = iter(answer_scores(self.model, batch).tolist())
+                labels = iter(batch.labels.tolist())
+                for item in items:
+                    names = ("chosen", "rejected") if len(item) == 2 else ("score",)
+                    line: Line = {name: _rounded(next(scores)) for name in names}
+                    lines.append(line if len(item) == 2 else {**line, "label": next(labels)})
         return lines
 
     def scores(self, lines: Iterable[Line]) -> dict[str, float]:
-        """Nothing: the accuracy is that of the evaluation."""
+        """Nothing: accuracy and errors are those of the evaluation."""
         return {}
 
     def made_of(self) -> dict[str, Any]:
-        """Token ids of the pairs."""
+        """Token ids of the rows, and their scores."""
         return {"rows": _digest(cast("Any", feed.examples) for feed in self.feeds.values())}
 
     def _places(self, rows: Sequence[int]) -> Iterator[tuple[Feed, list[int]]]:
@@ -187,10 +190,12 @@ def _rounded(score: float) -> float | None:
 
 
 def _digest(tables: Iterable[ExampleTable]) -> str:
-    """SHA-256 of all token ids, and of which belong together."""
+    """SHA-256 of all token ids, of which belong together, and of the numbers that rows bring."""
     digest = sha256()
     for table in tables:
         digest.update(np.asarray(table.offsets, dtype=np.int64).tobytes())
+        if table.values is not None:
+            digest.update(table.values.tobytes())
         for example in table:
             digest.update(np.asarray([len(example)], dtype=np.int64).tobytes() + example.input_ids.tobytes())
     return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from llamafactory.data.answer_batch import AnswerGroup, collate_answers, num_batch_tokens
 from llamafactory.data.batch import Batch
 from llamafactory.data.collate import collate_flat, collate_padded
+from llamafactory.data.ranked_batch import collate_ranked
 from llamafactory.data.table import Examples
 from llamafactory.data.types import IGNORE_INDEX, Example, ViewName
 
@@ -48,6 +50,15 @@ def _examples(table: Examples, seed: int, cutoff_len: int) -> Reader:
 
 def _pairs(table: Examples, seed: int, cutoff_len: int) -> Reader:
     return lambda item: [AnswerGroup(answers=tuple(table[index] for index in item))]
+
+
+def _ranked(table: Examples, seed: int, cutoff_len: int) -> Reader:
+    def read(item: tuple[int, ...]) -> list[AnswerGroup]:
+        group = int(np.searchsorted(table.offsets, item[0], side="right")) - 1
+        value = math.nan if table.values is None else float(table.values[group])
+        return [AnswerGroup(answers=tuple(table[index] for index in item), value=value)]
+
+    return read
 
 
 def _judged(table: Examples, seed: int, cutoff_len: int) -> Reader:
@@ -132,6 +143,9 @@ PAIRS = Rows(
 )
 """Pairs of answers to one prompt; the unit is a pair."""
 
+RANKED = replace(PAIRS, reader=_ranked, collate=collate_ranked)
+"""Pairs with their margins, and single answers with their scores; the unit is a pair or a single answer."""
+
 JUDGED = replace(
     PAIRS,
     reader=_judged,
@@ -140,5 +154,5 @@ JUDGED = replace(
 )
 """A judged answer and its mismatched one; the unit is a judged answer."""
 
-ROWS: dict[ViewName, Rows] = {"sft": EXAMPLES, "text": EXAMPLES, "pairs": PAIRS, "feedback": JUDGED}
+ROWS: dict[ViewName, Rows] = {"sft": EXAMPLES, "text": EXAMPLES, "pairs": PAIRS, "ranked": RANKED, "feedback": JUDGED}
 """The rows of each view of the data."""

@@ -41,8 +41,8 @@ class LossOutput:
         loss_sum: scalar, summed over the batch's units.
         num_units: the units on this device (supervised tokens in SFT, pairs in DPO); the loop divides by their global
             number.
-        metrics: name -> float32 `[2]` on the device, a sum and what it is divided by; summed over batches and ranks
-            before the division. No gradient.
+        metrics: name -> `[2]` on the device, a sum and what it is divided by; summed over batches and ranks before the
+            division. No gradient. A name that begins with `_` is only there for the stage's `summarise`.
         spreads: name -> counts of values that are not negative (see `train.spread`), whose largest value and 95th
             percentile are logged.
     """
@@ -63,7 +63,7 @@ class Stage:
 
     Attributes:
         name: as in the key `stage`.
-        view: how it reads rows: `sft`, `pairs`, `feedback`, `text` or `prompts` (see `data.views`).
+        view: how it reads rows: `sft`, `pairs`, `ranked`, `feedback`, `text` or `prompts` (see `data.views`).
         loss: `(models, batch, options) -> LossOutput`.
         prepare: `(models, batch, options) -> (sums, batch)`, run without gradients on every batch of an optimizer step
             before its first loss. The sums, added up over batches and ranks, come back to `loss` as
@@ -75,8 +75,8 @@ class Stage:
             example perplexity; names come without their prefix.
         rollout: `options -> RolloutRules` of a stage that trains on answers which the policy samples; None where the
             data holds the answers.
-        predicts: what `do_predict` writes of the evaluation rows: `answers` to their prompts, or `pair_scores`, the
-            value head's scores of chosen and rejected; None for nothing.
+        predicts: what `do_predict` writes of the evaluation rows: `answers` to their prompts, or `scores` of the value
+            head; None for nothing.
     """
 
     name: str
@@ -88,7 +88,7 @@ class Stage:
     has_value_head: bool = False
     summarise: Callable[[Mapping[str, float]], Mapping[str, float]] | None = None
     rollout: Callable[[Any], RolloutRules] | None = None
-    predicts: Literal["answers", "pair_scores"] | None = None
+    predicts: Literal["answers", "scores"] | None = None
 
 
 def load_stage(name: str) -> Stage:

@@ -59,9 +59,10 @@ class StageModule(nn.Module):
         """Lets go of the reference, whose log-probabilities come with the rows."""
         self._models = replace(self._models, reference=None)
 
-    def summarise(self, averages: Mapping[str, float]) -> Mapping[str, float]:
-        """What follows from the averages of a logged span of steps, or of an evaluation."""
-        return {} if self._stage.summarise is None else self._stage.summarise(averages)
+    def summarise(self, averages: Mapping[str, float]) -> dict[str, float]:
+        """Averages of a logged span of steps or of an evaluation as they are shown, with what follows from them."""
+        more = {} if self._stage.summarise is None else self._stage.summarise(averages)
+        return {name: value for name, value in {**averages, **more}.items() if not name.startswith("_")}
 
 
 def accumulate(accelerator: Accelerator, module: nn.Module, window: Window) -> Sums:
@@ -141,17 +142,20 @@ def evaluation_loss(
         steps: this rank's batches, those of one step together.
 
     Returns:
-        The mean loss per unit under `loss`, the stage's metrics under their names, and the number of units.
+        The mean loss per unit under `loss`, the stage's metrics under their names, and how many supervised tokens.
     """
     was_training = module.training
     module.eval()
     sums = Sums(accelerator.device)
+    num_targets = 0
     for batches in steps:
         for batch in ready_batches(accelerator, module, batches):
-            sums.add(module(batch))
+            output: LossOutput = module(batch)
+            sums.add(output)
+            num_targets += batch.num_targets if output.num_units else 0  # else it only keeps ranks in step
     module.train(was_training)
-    units = int(summed(accelerator, torch.tensor(sums.num_units, device=accelerator.device)))
+    counts = summed(accelerator, torch.tensor([sums.num_units, num_targets], device=accelerator.device))
+    units, num_targets = counts.tolist()
     averages = sums.averages(accelerator)
     loss = float(summed(accelerator, sums.loss.clone())) / units if units else float("nan")
-    averages = {"loss": loss, **averages}
-    return {**averages, **accelerator.unwrap_model(module).summarise(averages)}, units
+    return accelerator.unwrap_model(module).summarise({"loss": loss, **averages}), num_targets

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _MOST_WINDOWS = 2000
 """Optimizer steps that are looked at; a longer run is judged by these and by its longest rows."""
-_EXAMPLES_OF_A_ROW: dict[ViewName, int] = {"pairs": 2}
+_EXAMPLES_OF_A_ROW: dict[ViewName, int] = {"pairs": 2, "ranked": 2}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +54,7 @@ class RowSizes:
         number = sum(len(example) for example in sample)
         supervised = sum(example.num_supervised for example in sample) / max(1, number)
         shared: dict[int, int] | None = {} if find_view(view).is_whole else None
-        if view == "pairs" and shared is not None:
+        if view in _EXAMPLES_OF_A_ROW and shared is not None:
             groups = [range(start, end) for start, end in pairwise(offsets) if end > start]
             shared |= {group[0]: shared_length([examples[index] for index in group]) for group in groups}
         times = 2 if view == "feedback" else 1  # each judged answer is measured beside a mismatched one

@@ -66,6 +66,15 @@ def test_scores(model_type, groups, make_model, plan):
     compare(rm.STAGE, Models(policy=policy, plan=plan), groups, rm.Options())
 
 
+def test_scores_beside_margins(groups, make_model, plan):
+    policy = add_value_head(make_model())
+    rows = [
+        replace(group, answers=group.answers[: 1 + number % 2], value=number - 3.0)
+        for number, group in enumerate(groups)
+    ]
+    compare(rm.STAGE, Models(policy=policy, plan=plan), rows, rm.Options())
+
+
 def test_judged_answers(groups, make_model, plan):
     reference = make_model(initializer_range=0.05)
     models = Models(policy=make_model(), plan=plan, reference=Reference(model=freeze(reference)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -24,6 +26,9 @@ STAGES = {
     "dpo orpo": (dpo.STAGE, dpo.Options(pref_loss="orpo")),
     "kto": (kto.STAGE, kto.Options(pref_ftx=0.1)),
     "rm": (rm.STAGE, rm.Options()),
+    "rm with margins": (rm.STAGE, rm.Options()),
+    "rm of scores": (rm.STAGE, rm.Options()),
+    "rm of both": (rm.STAGE, rm.Options()),
 }
 SPLITS = {
     "4x2": {"items_per_device": 4, "accumulation": 2},
@@ -72,9 +77,21 @@ def without_ties(averages):
     return {name: value for name, value in averages.items() if "accura" not in name}
 
 
+def numbered(groups, name):
+    """The pairs with margins, or single answers with scores in their place, or both kinds by turns."""
+    singles = {"rm of scores": 1, "rm of both": 2}.get(name)
+    return [
+        replace(group, answers=group.answers[:1], value=number - 2.5)
+        if singles and number % singles == 0
+        else replace(group, value=number / 4 if name.startswith("rm ") else 0.0)
+        for number, group in enumerate(groups)
+    ]
+
+
 @pytest.mark.parametrize("name", STAGES)
 def test_every_split_gives_one_step(name, accelerator, groups, make_model, plan):
     stage, options = STAGES[name]
+    groups = numbered(groups, name)
     models = Models(policy=policy_of(make_model, stage), plan=plan, reference=Reference())
     module = StageModule(stage, models, options)
     whole = feed(groups, stage, items_per_device=8, accumulation=1)
@@ -90,6 +107,7 @@ def test_every_split_gives_one_step(name, accelerator, groups, make_model, plan)
     evaluated, _ = evaluation_loss(accelerator, module, whole.one_pass(0))
     assert evaluated["loss"] == pytest.approx(loss, rel=1e-5)
     assert {key: evaluated[key] for key in averages} == pytest.approx(averages, rel=1e-4, abs=1e-6)
+    assert not [key for key in evaluated if key.startswith("_")]
 
 
 def test_the_metrics_of_pairs_are_those_of_the_paper(accelerator, groups, make_model, plan):

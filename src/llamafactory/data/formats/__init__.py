@@ -11,12 +11,12 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import NamedTuple, Protocol, TypeAlias, cast
 
-from llamafactory.data.types import Conversation, DatasetSpec, Feedback, Preference
+from llamafactory.data.types import Conversation, DatasetSpec, Feedback, Preference, Scored
 from llamafactory.extras.errors import DataError
 from llamafactory.extras.suggest import did_you_mean
 
 Row: TypeAlias = Mapping[str, object]
-Record: TypeAlias = Conversation | Preference | Feedback
+Record: TypeAlias = Conversation | Preference | Feedback | Scored
 
 
 class Detected(NamedTuple):
@@ -57,14 +57,18 @@ _JUDGEMENTS = ("kto_tag", "label")
 def with_usual_columns(columns: Mapping[str, str | None], tags: Mapping[str, str | None], row: Row) -> Detected:
     """The columns of a format, and of those that any format may have the ones that this row has.
 
-    Two answers under `chosen` and `rejected` make it a preference pair, a boolean under `label` a judged answer.
+    Two answers under `chosen` and `rejected` make it a preference pair, whose `margin` is taken if there is one; a
+    boolean under `label` makes it a judged answer, anything under `score` a scored one.
     """
     found = {**columns, **{name: name for name in _OPTIONAL if name in row}}
     if "chosen" in row and "rejected" in row:
         found.pop("response", None)
+        found |= {"margin": "margin"} if "margin" in row else {}
         return Detected({**found, "chosen": "chosen", "rejected": "rejected"}, tags, is_ranking=True)
     if judgement := next((name for name in _JUDGEMENTS if isinstance(row.get(name), bool)), None):
         found["kto_tag"] = judgement
+    if "score" in row:
+        found["score"] = "score"
     return Detected(found, tags)
 
 
