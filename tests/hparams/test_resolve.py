@@ -159,7 +159,9 @@ def test_a_token_on_the_command_line_gives_a_warning(good: dict[str, Any], capsy
     assert TOKEN not in message
 
 
-@pytest.mark.parametrize(("value", "is_noted"), [("all", True), ("non_padding", False), (True, False)])
+@pytest.mark.parametrize(
+    ("value", "is_noted"), [("all", True), ("non_padding", False), (True, False), (False, False), ("no", False)]
+)
 def test_counting_padding_is_said_to_have_no_effect(good: dict[str, Any], value: Any, is_noted: bool) -> None:
     found = resolve_config(good | {"include_num_input_tokens_seen": value})
     assert any("padding is never counted" in note for note in found.notes) is is_noted

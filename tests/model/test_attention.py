@@ -89,6 +89,33 @@ def test_gradients_of_other_blocks_are_those_of_their_rows_alone(model_type, tin
         assert (found[name].grad - value).norm() < 1e-5 * whole, name
 
 
+@pytest.mark.parametrize("model_type", SEGMENT_TYPES)
+def test_each_family_keeps_segments_apart_and_has_an_exact_fallback(model_type, tiny_config, make_examples):
+    """Another order, neighbour, chunk and pass; and right-padded batches, which the plan falls back to."""
+    config = tiny_config(model_type, **SMALL)
+    ours, stock = build(config, attention.NAME), build(config, "eager")
+    plan = SimpleNamespace(fused_head=True, loss_chunk_rows=256, fused_blocks=False)
+    rows = make_examples(LENGTHS)
+    sizes = [row.num_supervised for row in rows]
+    with torch.no_grad():
+        whole = token_logprobs(ours, collate_flat(rows), plan)
+        before = whole.split(sizes)
+        turned = token_logprobs(ours, collate_flat(rows[::-1]), plan).split(sizes[::-1])
+        changed = [*rows[:2], make_examples((23,), seed=9)[0], *rows[3:]]
+        sizes_changed = [row.num_supervised for row in changed]
+        after = token_logprobs(ours, collate_flat(changed), plan).split(sizes_changed)
+        fallback = token_logprobs(stock, collate_padded(rows, pad_id=0), plan)
+        small = SimpleNamespace(fused_head=True, loss_chunk_rows=3, fused_blocks=False)
+        parts = [supervised_nll(ours, collate_flat(part), small) for part in (rows[:2], rows[2:])]
+    for one, same in zip(before, reversed(turned), strict=True):
+        torch.testing.assert_close(one, same, rtol=0, atol=1e-5)
+    for place in (0, 1, 3, 4):
+        torch.testing.assert_close(before[place], after[place], rtol=0, atol=1e-6)
+    assert (before[2].mean() - after[2].mean()).abs() > 1e-4
+    torch.testing.assert_close(fallback, whole, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(sum(parts), -whole.sum(), rtol=1e-5, atol=0)
+
+
 def test_sliding_window_is_really_in_use(tiny_config, make_examples):
     examples = make_examples((23,))
     logits = [

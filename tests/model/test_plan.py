@@ -15,6 +15,7 @@ from llamafactory.hparams.run_config import RunConfig
 from llamafactory.hparams.train import TrainConfig
 from llamafactory.model.fit import RAM_SHARE
 from llamafactory.model.flops import decoder_shape, step_flops
+from llamafactory.model.idle_keys import idle_keys
 from llamafactory.model.plan import ModelPlan, inference_dtype, plan_training
 
 GIB = 2**30
@@ -174,3 +175,48 @@ def test_flops_are_those_of_the_matrix_products(tiny_config):
     # eager attention does the upper triangle too: one more time the causal half
     attention = 6 * 2 * 32 * 32 * 32
     assert counter.get_total_flops() == pytest.approx(expected + attention, rel=0.03)
+
+
+@pytest.mark.parametrize("kind", ["llama", "stablelm"])
+def test_sizes_that_are_set_win_and_the_plan_says_by_whom(kind, tiny_config):
+    plan = plan_training(
+        config(cutoff_len=100, micro_batch_tokens=300, loss_chunk_size=64), tiny_config(kind), machine()
+    )
+    assert (plan.micro_batch_tokens, plan.loss_chunk_rows) == (300, 64)
+    assert plan.reasons["micro_batch_tokens"].startswith("micro_batch_tokens (set by you)")
+    assert plan.reasons["loss_chunk_rows"] == "loss_chunk_size (set by you)"
+
+
+def test_a_set_size_stays_where_memory_is_short(tiny_config):
+    large = tiny_config(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, vocab_size=1000, head_dim=64)
+    options = config(cutoff_len=512, micro_batch_tokens=2048)
+    short = plan_training(options, large, machine(memory=GIB // 4), process_bytes=0)
+    assert (short.micro_batch_tokens, short.checkpoint_every) == (2048, 1)
+    kept = config(cutoff_len=512, micro_batch_tokens=2048, disable_gradient_checkpointing=True)
+    assert plan_training(kept, large, machine(memory=GIB // 4), process_bytes=0).checkpoint_every == 0
+
+
+@pytest.mark.parametrize("kind", ["llama", "stablelm"])
+def test_a_token_budget_below_the_longest_row_is_refused(kind, tiny_config):
+    with pytest.raises(ConfigError, match=r"micro_batch_tokens[\s\S]*the longest row has 100 tokens[\s\S]*cutoff_len"):
+        plan_training(config(cutoff_len=100, micro_batch_tokens=99), tiny_config(kind), machine())
+
+
+def test_compiled_blocks_are_the_models_own(tiny_config):
+    idle = plan_training(config(torch_compile=True), tiny_config(), machine())
+    assert (idle.fused_blocks, idle.compiled_blocks) == (True, False)
+    assert "fused_kernels: false" in idle.reasons["compiled_blocks"]
+    for options in ({"torch_compile": True}, {"torch_compile_backend": "inductor"}, {"torch_compile_mode": "default"}):
+        plan = plan_training(config(fused_kernels=False, **options), tiny_config(), machine())
+        assert plan.compiled_blocks
+        assert "once for all lengths" in plan.reasons["compiled_blocks"]
+    assert plan_training(config(torch_compile=True), tiny_config(), machine("cuda")).compiled_blocks
+    with pytest.raises(ConfigError, match="compiled blocks are not proven together with fsdp"):
+        plan_training(config(torch_compile=True, fsdp="full_shard"), tiny_config(), machine())
+
+
+def test_a_chunk_size_that_no_head_reads_is_a_warning(tiny_config):
+    options = config(loss_chunk_size=64)
+    assert idle_keys(options, plan_training(options, tiny_config(), machine())) == []
+    (said,) = idle_keys(options, plan_training(options, tiny_config("stablelm"), machine()))
+    assert said.startswith("loss_chunk_size has no effect on the cross-entropy")

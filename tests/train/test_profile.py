@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
-from llamafactory.train.profile import SUMMARY, part_of, summary_lines
+from llamafactory.train.profile import OTHER, PARTS, SUMMARY, part_of, summary_lines
 from llamafactory.train.tuner import run_exp
 
 
@@ -33,7 +34,16 @@ def test_a_run_leaves_a_trace_and_the_summary(train_config, tmp_path):
     folder = tmp_path / "out" / "profiler" / "rank_0"
     trace = json.loads(next(folder.glob("trace_*.json")).read_text(encoding="utf-8"))
     assert trace["traceEvents"]
-    assert "where the time went" in (folder / SUMMARY).read_text(encoding="utf-8")
+    head, *parts = (folder / SUMMARY).read_text(encoding="utf-8").splitlines()
+    assert re.fullmatch(r"where the time went \(\d+\.\d\d s of CPU time\):", head)
+    shares = [int(part.split("%")[0]) for part in parts]
+    assert shares == sorted(shares, reverse=True)
+    assert 90 <= sum(shares) <= 105  # parts below 1 % are left out, and shares are rounded
+    advice = {part.name: part.advice for part in (*PARTS, OTHER)}
+    said = {part.split("%")[1].split(" (")[0].strip(): part for part in parts}
+    assert said.keys() <= advice.keys()
+    assert "matrix products" in said
+    assert all(text.endswith(f": {advice[name]}") for name, text in said.items())
 
 
 def test_a_run_that_is_too_short_says_so(train_config, tmp_path, caplog, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -141,3 +142,49 @@ def test_a_packed_mix_shows_rows_that_the_first_epoch_left_out():
     ]
     assert len(set().union(*seen[: plan.windows_per_epoch])) == 20
     assert len(set().union(*seen)) > 50
+
+
+def padded(lengths, **changes):
+    return schedule(lengths, is_padded=True, items_per_device=4, accumulation=4, **changes)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 200), min_size=16, max_size=64),
+    seed=st.integers(0, 99),
+    tokens=st.none() | st.integers(200, 900),
+)
+def test_padded_passes_hold_rows_of_similar_length(lengths, seed, tokens):
+    """Sorted within a step: never more positions than the same rows in the order of the step."""
+    plan = padded(lengths, seed=seed, micro_batch_tokens=tokens)
+    for step in range(plan.windows_per_epoch):
+        (groups,) = plan.window(step)
+        sizes = [[lengths[item[0]] for item in group] for group in groups]
+        flat = [size for group in sizes for size in group]
+        assert flat == sorted(flat, reverse=True)  # the longest first
+        assert all(len(group) <= 4 for group in sizes)
+        if tokens is not None:
+            assert all(len(group) == 1 or plan.positions(group) <= tokens for group in sizes)
+            continue
+        drawn = [lengths[index] for index in plan.order(0).tolist()[step * 16 : step * 16 + 16]]
+        unsorted = [drawn[start : start + 4] for start in range(0, len(drawn), 4)]
+        assert sum(map(plan.positions, sizes)) <= sum(map(plan.positions, unsorted))
+
+
+def test_grouping_by_length_saves_most_of_the_padding():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(8, 400, 256).tolist()
+    plan = padded(lengths)
+    per_step = [plan.window(step)[0] for step in range(plan.windows_per_epoch)]
+    grouped = sum(plan.positions([lengths[item[0]] for item in group]) for groups in per_step for group in groups)
+    order = plan.order(0).tolist()
+    drawn = sum(plan.positions([lengths[i] for i in order[at : at + 4]]) for at in range(0, len(order), 4))
+    assert (grouped - sum(lengths)) < 0.5 * (drawn - sum(lengths))
+
+
+def test_padded_passes_depend_on_seed_and_step_alone():
+    lengths = np.random.default_rng(1).integers(1, 100, 70).tolist()
+    first = padded(lengths)
+    whole = [first.window(step) for step in range(3 * first.windows_per_epoch)]
+    again = padded(lengths)  # as a run that is resumed: any step, without those before
+    assert [again.window(step) for step in reversed(range(len(whole)))] == whole[::-1]
+    assert [padded(lengths, seed=2).window(step) for step in range(len(whole))] != whole

@@ -129,6 +129,11 @@ _RULES: tuple[_Rule, ...] = (
         "enable_torch_profiler is off",
     ),
     (
+        lambda c: c.train.torch_compile_backend not in (None, "inductor"),
+        ("torch_compile_mode",),
+        "only read by the inductor backend",
+    ),
+    (
         lambda c: c.train.include_num_input_tokens_seen == "all",
         ("include_num_input_tokens_seen",),
         "total_tokens in the log counts real tokens; padding is never counted",

@@ -60,6 +60,15 @@ class TrainConfig(Section):
     per_device_train_batch_size: int = option(8, "Examples per device and step.", group=_BATCH, ge=1)
     per_device_eval_batch_size: int = option(8, "Examples per device in evaluation.", group=_BATCH, ge=1)
     gradient_accumulation_steps: int = option(1, "Batches per optimizer step.", group=_BATCH, ge=1)
+    micro_batch_tokens: int | None = option(
+        None,
+        "Tokens of one forward pass, padding included; null lets the plan decide. The optimizer step stays the same.",
+        group=_BATCH,
+        ge=1,
+    )
+    loss_chunk_size: int | None = option(
+        None, "Supervised tokens whose logits exist at once; null lets the plan decide.", group=_BATCH, ge=1
+    )
     num_train_epochs: float = option(3.0, "Passes over the data; used where max_steps is not set.", group=_BATCH, gt=0)
     max_steps: int = option(-1, "Optimizer steps; -1 means num_train_epochs decides.", group=_BATCH, ge=-1)
 
@@ -93,6 +102,15 @@ class TrainConfig(Section):
     use_cpu: bool = option(False, "Use the CPU even where there is a GPU.", group=_PRECISION)
     ignore_plan: bool = option(
         False, "Start even where the memory forecast says that the run cannot fit.", group=_PRECISION
+    )
+    torch_compile: bool = option(
+        False, "Compile the model's own blocks with torch.compile; the first steps take far longer.", group=_PRECISION
+    )
+    torch_compile_backend: str | None = option(
+        None, "Backend of torch.compile; null is inductor. Turns torch_compile on.", group=_PRECISION
+    )
+    torch_compile_mode: Literal["default", "max-autotune-no-cudagraphs"] | None = option(
+        None, "Mode of the inductor backend. Turns torch_compile on.", group=_PRECISION
     )
     ddp_timeout: int = option(1800, "Seconds that one process waits for another.", group=_PRECISION, ge=1)
 
@@ -187,6 +205,11 @@ class TrainConfig(Section):
     def max_skipped(self) -> int:
         """Steps that are not finite and may be left out (`on_nan`)."""
         return int(self.on_nan.removeprefix("skip:")) if self.on_nan != "stop" else 0
+
+    @property
+    def compiles(self) -> bool:
+        """Whether blocks are compiled; a backend or a mode asks for it too, as in transformers."""
+        return self.torch_compile or self.torch_compile_backend is not None or self.torch_compile_mode is not None
 
     @field_validator("report_to")
     @classmethod

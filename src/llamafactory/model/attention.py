@@ -19,6 +19,7 @@ from transformers.masking_utils import sdpa_mask
 from llamafactory.model.tree_attention import bottom_mask, tree_attention
 
 NAME = "segments"
+UNCOMPILED_NAME = "segments_uncompiled"
 
 
 def register() -> str:
@@ -30,6 +31,26 @@ def register() -> str:
     AttentionInterface.register(NAME, segment_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     return NAME
+
+
+def register_uncompiled() -> str:
+    """As `register`, for a model whose blocks are compiled: this attention runs between their graphs.
+
+    The lengths of the segments would be part of a graph, so that each number of segments would be compiled anew.
+    """
+    AttentionInterface.register(UNCOMPILED_NAME, torch.compiler.disable(segment_attention))
+    AttentionMaskInterface.register(UNCOMPILED_NAME, sdpa_mask)
+    return UNCOMPILED_NAME
+
+
+class Boxed:
+    """Lengths of segments that torch.compile does not look into: a graph depends on this class, not on them."""
+
+    __slots__ = ("lengths",)
+
+    def __init__(self, lengths: Sequence[int | Sequence[int]]) -> None:
+        """Keeps them."""
+        self.lengths = lengths
 
 
 def no_mask(device: torch.device | str) -> torch.Tensor:
@@ -45,7 +66,7 @@ def segment_attention(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    segment_lengths: Sequence[int | Sequence[int]] | None = None,
+    segment_lengths: Sequence[int | Sequence[int]] | Boxed | None = None,
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -66,6 +87,8 @@ def segment_attention(
     Returns:
         `[1, time, heads, head_dim]` and None for the attention weights.
     """
+    if isinstance(segment_lengths, Boxed):
+        segment_lengths = segment_lengths.lengths
     softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
     if segment_lengths is None and (softcap is not None or sinks is not None):
         return _stock_scored(query, key, value, attention_mask, sliding_window, dropout, scaling, softcap, sinks), None

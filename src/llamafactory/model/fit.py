@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from llamafactory.extras.errors import ConfigError, Problem
 from llamafactory.model.memory import DEVICE_SHARE, MemoryForecast
 from llamafactory.model.workload import tokens_of
 
@@ -45,7 +46,8 @@ def fit(
     fastest = _first_limit(cfg, workload, hardware, layout)
     forced = cfg.model.disable_gradient_checkpointing
     limit, every, found = fastest, 0, None
-    for limit, every in _ways(fastest, workload, hardware, forced):
+    is_set = cfg.train.micro_batch_tokens is not None
+    for limit, every in _same_size(fastest, forced) if is_set else _ways(fastest, workload, hardware, forced):
         found = memory(limit, every)
         if found.total <= room:
             break
@@ -68,6 +70,31 @@ def fit(
             "checkpoint_every": checkpointing,
         },
     )
+
+
+def require_room_for_longest(cfg: RunConfig, workload: Workload) -> None:
+    """A row is never cut or spread over two passes, so the longest one bounds `micro_batch_tokens`.
+
+    Raises:
+        ConfigError: `micro_batch_tokens` is smaller.
+    """
+    limit = cfg.train.micro_batch_tokens
+    longest = 0 if limit is None else sum(map(tokens_of, workload.largest(1).lengths))
+    if limit is not None and limit < longest:
+        raise ConfigError(
+            Problem(
+                key="micro_batch_tokens", given=str(limit), message=f"the longest row has {longest:,} tokens",
+                allowed=f"{longest} or more ({workload.source})",
+                fix="leave the key out, or make rows shorter with cutoff_len",
+            )
+        )  # fmt: skip
+
+
+def _same_size(limit: int | None, forced: bool | None) -> list[tuple[int | None, int]]:
+    """Passes of the size that the user set; only recomputation is left to decide."""
+    if forced is not None:
+        return [(limit, int(not forced))]
+    return [(limit, every) for every in (0, *BLOCK_STEPS)]
 
 
 def _ways(
@@ -102,6 +129,8 @@ def _halves(start: int, floor: int) -> list[int]:
 
 
 def _first_limit(cfg: RunConfig, workload: Workload, hardware: Hardware, layout: str) -> int | None:
+    if cfg.train.micro_batch_tokens is not None:
+        return cfg.train.micro_batch_tokens
     if layout == "padded" or hardware.device != "cpu":
         return None
     return max(CPU_MICRO_BATCH_TOKENS, max(map(tokens_of, workload.largest(1).lengths)))
@@ -111,6 +140,8 @@ def _micro_batch_reason(
     cfg: RunConfig, layout: str, hardware: Hardware, limit: int | None, fastest: int | None
 ) -> str:
     rows = cfg.train.per_device_train_batch_size
+    if cfg.train.micro_batch_tokens is not None:
+        return "micro_batch_tokens (set by you); the optimizer step keeps its rows"
     if limit is None:
         return f"{rows} padded rows a pass" if layout == "padded" else f"{rows} rows laid end to end a pass"
     if limit != fastest:
@@ -124,8 +155,8 @@ def fit_blindly(cfg: RunConfig, hardware: Hardware, layout: str, why: str) -> tu
     """Safe choices where the model cannot be looked at."""
     forced = cfg.model.disable_gradient_checkpointing
     every = 1 if forced is None else int(not forced)
-    limit = None
-    if layout == "flat" and hardware.device == "cpu":
+    limit = cfg.train.micro_batch_tokens
+    if limit is None and layout == "flat" and hardware.device == "cpu":
         limit = max(CPU_MICRO_BATCH_TOKENS, cfg.data.cutoff_len)
     reason = (
         f"no memory forecast for this model ({why[:160]}): recomputing is the safe choice"

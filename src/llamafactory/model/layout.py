@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from llamafactory.extras.errors import ConfigError, Problem
+from llamafactory.hparams.sharding import sharding_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -74,6 +75,21 @@ def choose_blocks(
     if not family.prenorm_blocks:
         return False, f"not proven for the blocks of model type {model_type!r}"
     return True, "norms, rotary, MLP and plain LoRA in few passes; equal to the model's own to 1e-5"
+
+
+def compile_reason(cfg: RunConfig, fused_blocks: bool) -> str:
+    """What becomes of `torch_compile`, in words.
+
+    Raises:
+        ConfigError: beside sharded weights.
+    """
+    if sharding_of(cfg):
+        raise refusal(
+            "torch_compile", "true", "compiled blocks are not proven together with fsdp", "torch_compile: false"
+        )
+    if fused_blocks:
+        return "the fused CPU functions take their place; fused_kernels: false compiles the model's own blocks"
+    return "block by block, once for all lengths (dynamic sizes); the memory forecast is that of uncompiled blocks"
 
 
 def refusal(key: str, given: str, message: str, fix: str) -> ConfigError:

@@ -14,8 +14,8 @@ from llamafactory.hparams.sharding import sharding_of
 from llamafactory.model.costs import CostModel, Disk, Work, process_bytes_of
 from llamafactory.model.demands import NOTHING_MORE, Demands
 from llamafactory.model.family import family_of
-from llamafactory.model.fit import fit, fit_blindly, room_of
-from llamafactory.model.layout import choose_blocks, choose_layout, refusal
+from llamafactory.model.fit import fit, fit_blindly, require_room_for_longest, room_of
+from llamafactory.model.layout import choose_blocks, choose_layout, compile_reason, refusal
 from llamafactory.model.loader import adapter_folders
 from llamafactory.model.memory import MemoryForecast
 from llamafactory.model.method import load_method
@@ -82,6 +82,7 @@ class ModelPlan:
         fused_head: head and cross-entropy on supervised rows only; else the model's own logits.
         fused_blocks: blocks through `model.kernels`, the fused CPU functions; else the model's own forward.
         checkpoint_every: every n-th block is recomputed in the backward pass; 1 all of them, 0 none.
+        compiled_blocks: the model's own blocks through torch.compile.
         reasons: one line for each decision.
         costs: the forecast, or None where the model cannot be looked at without weights.
     """
@@ -96,6 +97,7 @@ class ModelPlan:
     fused_head: bool
     fused_blocks: bool
     checkpoint_every: int
+    compiled_blocks: bool = False
     reasons: Mapping[str, str]
     costs: Costs | None = None
 
@@ -162,8 +164,15 @@ def plan_training(
             False,
             "not for answers that share their prompt: the model's own forward",
         )
+    compiled_blocks = cfg.train.compiles and not fused_blocks
+    if cfg.train.compiles:
+        reasons["compiled_blocks"] = compile_reason(cfg, fused_blocks)
     adapters = adapter_folders(cfg.model)
-    chunk_rows = LOSS_CHUNK_ROWS if family.head is not None else None
+    require_room_for_longest(cfg, workload)
+    loss_chunk_rows = cfg.train.loss_chunk_size or LOSS_CHUNK_ROWS
+    if cfg.train.loss_chunk_size is not None:
+        reasons["loss_chunk_rows"] = "loss_chunk_size (set by you)"
+    chunk_rows = loss_chunk_rows if family.head is not None else None
     if process_bytes is None:
         process_bytes = process_bytes_of(hardware.device)
     try:
@@ -220,10 +229,11 @@ def plan_training(
         attention=attention,
         layout=layout,
         micro_batch_tokens=tokens,
-        loss_chunk_rows=LOSS_CHUNK_ROWS,
+        loss_chunk_rows=loss_chunk_rows,
         fused_head=family.head is not None,
         fused_blocks=fused_blocks,
         checkpoint_every=every,
+        compiled_blocks=compiled_blocks,
         reasons=reasons,
         costs=costs,
     )

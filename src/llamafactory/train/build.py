@@ -20,7 +20,9 @@ from llamafactory.extras import log
 from llamafactory.extras.errors import ConfigError, Problem
 from llamafactory.extras.hardware import measure_gemm_peak
 from llamafactory.model.checkpointing import recompute_blocks
+from llamafactory.model.compilation import compile_blocks, require_compiler
 from llamafactory.model.flops import step_flops
+from llamafactory.model.idle_keys import idle_keys
 from llamafactory.model.loader import adapter_folders, load_model
 from llamafactory.model.method import apply_method, load_method
 from llamafactory.train.checkpoint.room import may_save_async
@@ -102,6 +104,8 @@ def load_policy(cfg: RunConfig, plan: ModelPlan, *, resume_from: Path | None) ->
         plan: dtype, attention and checkpointing.
         resume_from: checkpoint folder, or None.
     """
+    if plan.compiled_blocks:
+        require_compiler(cfg.train, plan.device)
     source, folders = cfg.model, adapter_folders(cfg.model)
     options = cfg.adapter_options
     if resume_from is not None:
@@ -113,9 +117,11 @@ def load_policy(cfg: RunConfig, plan: ModelPlan, *, resume_from: Path | None) ->
     for parameter in policy.parameters():
         if parameter.requires_grad:  # master precision of everything trained, modules_to_save among it
             parameter.data = parameter.data.to(dtype)
-    if cfg.model.use_reentrant_gc and not plan.checkpoint_every:
-        log.warn("use_reentrant_gc has no effect: the plan keeps all activations (see checkpoint_every above)")
+    for sentence in idle_keys(cfg, plan):
+        log.warn(sentence)
     recompute_blocks(policy, plan.checkpoint_every, use_reentrant=cfg.model.use_reentrant_gc)
+    if plan.compiled_blocks:
+        compile_blocks(language_model(policy), cfg.train)
     return policy
 
 

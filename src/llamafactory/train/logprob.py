@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llamafactory.model.attention import no_mask
+from llamafactory.model.attention import Boxed, no_mask
 from llamafactory.model.family import Head, family_of
 from llamafactory.model.kernels.decoder import decode
 from llamafactory.model.kernels.head import ChunkedCrossEntropy, ChunkedLogProbs
@@ -154,5 +154,5 @@ def _forward(model: nn.Module, batch: Batch) -> Any:
         attention_mask=no_mask(batch.input_ids.device),
         position_ids=batch.position_ids,
         use_cache=False,
-        segment_lengths=batch.segment_lengths,
+        segment_lengths=Boxed(batch.segment_lengths),
     )

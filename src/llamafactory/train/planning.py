@@ -95,15 +95,16 @@ def planner(
     )
 
 
-def keep_split(plan: ModelPlan, record: Mapping[str, Any] | None) -> ModelPlan:
+def keep_split(plan: ModelPlan, record: Mapping[str, Any] | None, *, is_set: bool = False) -> ModelPlan:
     """The plan with the micro-batches of the run that is continued: sums in another order would differ in bits.
 
     Args:
         plan: made for the memory that is free now.
         record: `run.json` of the run that is continued, or None.
+        is_set: the user set `micro_batch_tokens`, which wins.
     """
     before = (record or {}).get("plan", {})
-    if "micro_batch_tokens" not in before or before["micro_batch_tokens"] == plan.micro_batch_tokens:
+    if is_set or "micro_batch_tokens" not in before or before["micro_batch_tokens"] == plan.micro_batch_tokens:
         return plan
     reasons = {**plan.reasons, "micro_batch_tokens": "as in the run that is continued, so that its numbers repeat"}
     return replace(plan, micro_batch_tokens=before["micro_batch_tokens"], reasons=reasons)

@@ -88,7 +88,7 @@ def _run(cfg: RunConfig, claim: Claim, stop: StopRequest) -> RunResult:
     model_config = load_model_config(cfg.model)
     hardware = read_hardware(use_cpu=cfg.train.use_cpu)
     plan_again = planning.planner(model_config, hardware, data.train, mix=data.mix)
-    plan = planning.keep_split(plan_again(cfg), claim.record)
+    plan = planning.keep_split(plan_again(cfg), claim.record, is_set=cfg.train.micro_batch_tokens is not None)
     build.say_lines(plan.lines())
     if cfg.train.do_train:
         require_fit(cfg, plan, hardware, plan_again)
