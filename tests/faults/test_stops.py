@@ -91,6 +91,19 @@ def test_a_signal_while_answers_are_sampled(make_place, tally):
         assert stop_and_continue(place, reference, tally, f"sampling {nth}", signal.SIGTERM, run)
 
 
+@pytest.mark.long
+def test_a_signal_while_predictions_are_written(make_place, tally):
+    more = {"do_predict": "true", "predict_with_generate": "true", "max_new_tokens": "6", "do_sample": "false",
+            "val_size": "4", "per_device_eval_batch_size": "1"}  # fmt: skip
+    place = make_place(**more)
+    reference = place.finish("reference")
+    written = (place.folder / "reference" / "generated_predictions.jsonl").read_bytes()
+    run = place.begin("predicting", fault="predict:1:sleep=1")
+    run.reach_fault()
+    assert stop_and_continue(place, reference, tally, "predicting", signal.SIGTERM, run)
+    assert (place.folder / "predicting" / "generated_predictions.jsonl").read_bytes() == written
+
+
 def at_random(place: Place, reference: Outcome, tally: Tally, count: int, seed: int) -> None:
     started = time.monotonic()
     place.finish("timed")
