@@ -124,6 +124,48 @@ def test_a_prompt_stops_before_the_answer_and_keeps_its_end(data_config: Make, t
     assert long[0].num_cut > 30
 
 
+ASKED = [{"role": "user", "content": "Why?"}]
+EMPTY = {
+    "alpaca": ({}, [{"instruction": "Why?", "output": text} for text in ("", None, " \n")]),
+    "sharegpt": (
+        {"formatting": "sharegpt"},
+        [
+            {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": ""}]},
+            {"conversations": [{"from": "human", "value": "Why?"}]},
+        ],
+    ),
+    "openai": (
+        {"formatting": "openai"},
+        [
+            {"messages": [*ASKED, {"role": "assistant", "content": ""}]},
+            {"messages": [*ASKED, {"role": "assistant", "content": None}]},
+            {"messages": ASKED},
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("formatting", EMPTY)
+def test_a_prompt_needs_no_answer(data_config: Make, tokenizer: Any, formatting: str) -> None:
+    entry, rows = EMPTY[formatting]
+    data = data_config(rows, entry=entry, max_bad_rows=0.0)
+    table = prepare(data, tokenizer, "prompts").train
+    assert len(table) == len(rows)  # no answer, no second example
+    assert {tokenizer.decode(prompt.input_ids) for prompt in table} == {
+        "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+    }
+    for view in ("sft", "labelled"):
+        with pytest.raises(DataError, match="rows cannot be used|rows can be used|no row"):
+            prepare(data, tokenizer, view)
+
+
+def test_a_prompt_needs_the_column_that_is_named_and_texts_in_it(data_config: Make, tokenizer: Any) -> None:
+    rows = [{"instruction": "Why?"}, {"instruction": "Why?", "output": 3}, {"instruction": "", "output": ""}]
+    for row, reason in zip(rows, ("column 'output' is missing", "not a text", "the prompt is empty"), strict=True):
+        with pytest.raises(DataError, match=reason):
+            prepare(data_config([row], max_bad_rows=0.0), tokenizer, "prompts")
+
+
 @pytest.mark.parametrize(
     ("view", "row", "entry", "found", "stages"),
     [

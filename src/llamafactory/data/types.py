@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
 TrainOn: TypeAlias = Literal["all", "last", "tool_calls"]
 RewrittenHistory: TypeAlias = Literal["split", "last"]
-ViewName: TypeAlias = Literal["sft", "pairs", "feedback", "text", "prompts", "answers", "ranked"]
+ViewName: TypeAlias = Literal["sft", "pairs", "feedback", "text", "prompts", "answers", "ranked", "labelled"]
 """How a stage reads rows, see `views`."""
 MediaKind: TypeAlias = Literal["image", "video", "audio"]
 IGNORE_INDEX = -100
@@ -246,6 +246,7 @@ class DatasetSpec:
 
     Attributes:
         location: path, hub id or address, as `source` says.
+        needs_answer: False where only prompts are used: the last answer of a row may be empty.
         media_dir: folder in which the paths of images, videos and audios in rows begin; None: rows hold whole paths.
         access: tokens and folders for the source; no part of what the data set is.
     """
@@ -255,6 +256,7 @@ class DatasetSpec:
     location: str
     formatting: str = "alpaca"
     is_ranking: bool = False
+    needs_answer: bool = True
     subset: str | None = None
     split: str = "train"
     folder: str | None = None

@@ -74,6 +74,7 @@ class View:
         cut: sequences with ids -> examples, with what is kept of them.
         flag: what is said about the answer of a row.
         numbers: the columns of numbers about answers that it reads; others are left alone, see `fit_spec`.
+        needs_answer: False where only prompts are used, and a row's last answer may be empty.
         value: the number that a row brings: the score of its answer, or the margin of its pair.
         is_whole: the examples of a row are used together or not at all, and make up one item of a batch.
         is_supervised: an example without a supervised token is of no use.
@@ -85,6 +86,7 @@ class View:
     cut: Callable[[Sequence[Sequence[EncodedTurn]], Reading], list[Cut]]
     flag: Callable[[Record], int] = lambda record: NO_FLAG
     numbers: tuple[str, ...] = ()
+    needs_answer: bool = True
     value: Callable[[Record], float] = lambda record: NO_VALUE
     is_whole: bool = True
     is_supervised: bool = True
@@ -123,7 +125,7 @@ def fit_spec(spec: DatasetSpec, view: View) -> DatasetSpec:
         spec = replace(spec, columns={key: name for key, name in spec.columns.items() if key not in unused})
     kind = kind_of(spec)
     if kind in view.kinds:
-        return spec
+        return spec if view.needs_answer else replace(spec, needs_answer=False)
     fix = f"such data is for the stages: {_STAGES[kind]}"
     if kind == "text":
         fix += "; or name the column of answers: columns: {response: ...}"
@@ -288,6 +290,14 @@ _VIEWS: dict[ViewName, View] = {
         View(name="text", kinds=("text",), render=_render_text, cut=_cut_text, is_whole=False),
         View(
             name="prompts",
+            kinds=("conversations", "text"),
+            render=_render_prompt,
+            cut=_cut_prompt,
+            is_supervised=False,
+            needs_answer=False,
+        ),
+        View(
+            name="labelled",
             kinds=("conversations", "text"),
             render=_render_prompt,
             cut=_cut_prompt,

@@ -54,7 +54,7 @@ def prompts_of(cfg: RunConfig, template: Template, tokenizer: PreTrainedTokenize
         cfg.data.model_copy(update=changes),
         template,
         tokenizer,
-        view="prompts",
+        view="labelled",
         seed=data_seed(cfg),
         access=access_of(cfg.data, cfg.model),
         for_training=False,

@@ -72,6 +72,21 @@ def with_usual_columns(columns: Mapping[str, str | None], tags: Mapping[str, str
     return Detected(found, tags)
 
 
+def without_empty_answer(listed: object, spec: DatasetSpec, usual: Mapping[str, str | None]) -> object:
+    """The messages of a row without a last answer that is empty, where the answer is not needed; `usual`: the tags."""
+    if spec.needs_answer or not isinstance(listed, list) or not listed or not isinstance(listed[-1], Mapping):
+        return listed
+    last = cast("Mapping[str, object]", listed[-1])
+    role, content = (spec.tags.get(tag) or str(usual[tag]) for tag in ("role_tag", "content_tag"))
+    is_answer = last.get(role) == spec.tags.get("assistant_tag") and not last.get("tool_calls")
+    return listed[:-1] if is_answer and is_blank(last.get(content)) else listed
+
+
+def is_blank(value: object) -> bool:
+    """Whether there is no text: null, or white space."""
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
 def format_names() -> tuple[str, ...]:
     """Names of all formats."""
     return tuple(sorted(module.name for module in iter_modules(__path__)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from llamafactory.data.formats import Detected, Record, Row, with_usual_columns
+from llamafactory.data.formats import Detected, Record, Row, is_blank, with_usual_columns
 from llamafactory.data.row_error import RowError, describe, read_filled_text, read_text
 from llamafactory.data.row_tools import read_tools
 from llamafactory.data.types import Conversation, DatasetSpec, Feedback, Message, Preference
@@ -43,7 +43,8 @@ def read_row(row: Row, spec: DatasetSpec, origin: str) -> Record:
     messages.append(Message(role="user", content=_read_prompt(row, columns)))
     tools = read_tools(row.get(name), name) if (name := columns.get("tools")) else None
     if not spec.is_ranking and (name := columns.get("response")):
-        messages.append(_answer(row, name))
+        if spec.needs_answer or not is_blank(read_column(row, name)):
+            messages.append(_answer(row, name))
     conversation = Conversation(messages=tuple(messages), tools=tools, origin=origin)
     if spec.is_ranking:
         chosen, rejected = (_answer(row, columns.get(side) or side) for side in ("chosen", "rejected"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from llamafactory.data.formats import Detected, Record, Row, with_usual_columns
+from llamafactory.data.formats import Detected, Record, Row, with_usual_columns, without_empty_answer
 from llamafactory.data.formats.alpaca import read_column, read_flag
 from llamafactory.data.row_error import RowError, describe, read_filled_text, read_text
 from llamafactory.data.row_media import PLACEHOLDERS, read_media
@@ -72,14 +72,14 @@ def read_row(row: Row, spec: DatasetSpec, origin: str) -> Record:
     """
     columns = spec.columns
     column = columns.get("messages") or "messages"
-    listed = read_column(row, column)
+    listed = without_empty_answer(read_column(row, column), spec, DEFAULT_TAGS)
     if not isinstance(listed, list) or not listed:
         raise RowError("no messages", field=column, found=describe(listed), expected="a list of messages")
     media: list[Media] = []
     messages = [_read_message(message, f"{column}[{place}]", spec.tags, media) for place, message in enumerate(listed)]
     if messages[0].role != "system" and (name := columns.get("system")) and (text := read_text(row.get(name), name)):
         messages.insert(0, Message(role="system", content=text))
-    _check_order(messages, column, is_ranking=spec.is_ranking, skipped=len(messages) - len(listed))
+    _check_order(messages, column, spec, skipped=len(messages) - len(listed))
     tools = read_tools(row.get(name), name) if (name := columns.get("tools")) else None
     conversation = Conversation(messages=tuple(messages), tools=tools, origin=origin, media=tuple(media))
     if spec.is_ranking:
@@ -91,7 +91,7 @@ def read_row(row: Row, spec: DatasetSpec, origin: str) -> Record:
     return conversation
 
 
-def _check_order(messages: list[Message], column: str, *, is_ranking: bool, skipped: int) -> None:
+def _check_order(messages: list[Message], column: str, spec: DatasetSpec, *, skipped: int) -> None:
     before: Role | None = None
     for place, message in enumerate(messages):
         if message.role == "system" and place == 0:
@@ -105,7 +105,9 @@ def _check_order(messages: list[Message], column: str, *, is_ranking: bool, skip
                 expected=" or ".join(_FOLLOWERS[before]),
             )
         before = message.role
-    last_roles = ("user", "tool") if is_ranking else ("assistant",)
+    last_roles = ("user", "tool") if spec.is_ranking else ("assistant",)
+    if not spec.needs_answer:
+        last_roles = ("user", "tool", "assistant")
     if before not in last_roles:
         raise RowError(
             "wrong last message",
@@ -113,7 +115,7 @@ def _check_order(messages: list[Message], column: str, *, is_ranking: bool, skip
             found=f"{before or 'system'} at the end",
             expected=" or ".join(last_roles),
             fix="each conversation ends with its answer"
-            if not is_ranking
+            if not spec.is_ranking
             else "the answers are in chosen and rejected",
         )
 

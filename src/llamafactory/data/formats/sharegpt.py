@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from llamafactory.data.formats import Detected, Record, Row, with_usual_columns
+from llamafactory.data.formats import Detected, Record, Row, with_usual_columns, without_empty_answer
 from llamafactory.data.formats.alpaca import read_column, read_flag
 from llamafactory.data.row_error import RowError, describe, read_filled_text, read_text
 from llamafactory.data.row_tools import read_tools, read_train, read_weight, split_calls
@@ -46,7 +46,7 @@ def read_row(row: Row, spec: DatasetSpec, origin: str) -> Record:
     """
     columns, tags = spec.columns, spec.tags
     column = columns.get("messages") or "conversations"
-    listed = read_column(row, column)
+    listed = without_empty_answer(read_column(row, column), spec, DEFAULT_TAGS)
     if not isinstance(listed, list):
         raise RowError(
             "the messages are not a list", field=column, found=describe(listed), expected="a list of messages"
@@ -55,7 +55,7 @@ def read_row(row: Row, spec: DatasetSpec, origin: str) -> Record:
     if not system and (name := columns.get("system")):
         system = read_text(row.get(name), name)
     turns = [_read_turn(message, place, f"{column}[{place + skipped}]", tags) for place, message in enumerate(rest)]
-    _check_count(turns, column, is_ranking=spec.is_ranking)
+    _check_count(turns, column, spec)
     tools = read_tools(row.get(name), name) if (name := columns.get("tools")) else None
     messages = [Message(role="system", content=system), *turns] if system else turns
     conversation = Conversation(messages=tuple(messages), tools=tools, origin=origin)
@@ -113,13 +113,13 @@ def _message(role: str, text: str, field: str, tags: Mapping[str, str | None]) -
     return Message(role="assistant", content=read_filled_text(text, field, "answer"))
 
 
-def _check_count(turns: list[Message], column: str, *, is_ranking: bool) -> None:
+def _check_count(turns: list[Message], column: str, spec: DatasetSpec) -> None:
     if not turns:
         raise RowError(
             "no messages", field=column, found="an empty list", expected="at least a question and an answer"
         )
-    if len(turns) % 2 != int(is_ranking):
-        if is_ranking:
+    if spec.needs_answer and len(turns) % 2 != int(spec.is_ranking):
+        if spec.is_ranking:
             expected, fix = "an odd number: the answer is in chosen and rejected", "remove the last answer"
         else:
             expected, fix = "an even number: each question with its answer", "remove the last question, or answer it"
