@@ -125,7 +125,7 @@ class Dealer:
             signal, fault = FAILED, error
         number = agree(self._accelerator, signal)[0]
         if number == FAILED:
-            raise fault_of_all(self._accelerator, fault) from fault
+            raise fault_of_all(self._accelerator, fault)
         if number:
             raise StopSignal(number)
         total = sum(len(share) for share in shares)
