@@ -6,7 +6,8 @@
 
 DPO with LoRA (rank 8 on all linear layers) on SmolLM2-135M-Instruct against TRL's DPOTrainer (no gradient
 checkpointing, no dropout, one pair a pass, padding to the longest), and a reward model against a value head on a full
-causal model. Each arm runs in a process of its own; arms take turns; the first step is not counted.
+causal model. Each arm runs in a process of its own; arms take turns; the first step is not counted. `dpo-own` and
+`rm-own` are ours through the model's own forward (`fused_kernels: false`), and run only where `--arms` names them.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -155,9 +157,11 @@ def run_arm(arm: str, shape: str, pairs: int, steps: int, threads: int) -> dict[
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     clock = Clock(steps)
-    loss = {"dpo-ours": dpo_ours, "dpo-trl": dpo_trl, "rm-ours": rm_ours, "rm-causal": rm_causal}[arm](
-        SHAPES[shape], pairs, steps, clock
-    )
+    runs = {
+        "dpo-ours": dpo_ours, "dpo-trl": dpo_trl, "rm-ours": rm_ours, "rm-causal": rm_causal,
+        "dpo-own": partial(dpo_ours, is_fused=False), "rm-own": partial(rm_ours, is_fused=False),
+    }  # fmt: skip
+    loss = runs[arm](SHAPES[shape], pairs, steps, clock)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {"cpu": clock.cpu / steps, "wall": clock.wall / steps, "peak": peak, "loss": loss}
 
@@ -201,7 +205,9 @@ def groups(sizes: tuple[int, int, int], pairs: int, tokenizer: Any) -> list[Any]
     return [AnswerGroup(answers=tuple(examples))] * pairs
 
 
-def ours(stage: Any, options: Any, sizes: tuple[int, int, int], pairs: int, steps: int, clock: Clock) -> float:
+def ours(
+    stage: Any, options: Any, sizes: tuple[int, int, int], pairs: int, steps: int, clock: Clock, is_fused: bool
+) -> float:
     """A stage of this project, one pair a pass as its plan on a CPU has it."""
     from types import SimpleNamespace
 
@@ -219,7 +225,7 @@ def ours(stage: Any, options: Any, sizes: tuple[int, int, int], pairs: int, step
     policy = lora.apply(base, lora.Options(lora_rank=8), adapters=(), trainable=True).train()
     if stage.has_value_head:
         policy = add_value_head(policy)
-    plan: Any = SimpleNamespace(fused_head=True, loss_chunk_rows=256, fused_blocks=True)
+    plan: Any = SimpleNamespace(fused_head=True, loss_chunk_rows=256, fused_blocks=is_fused)
     models = Models(policy=policy, plan=plan, reference=Reference())
     batches = [ROWS[stage.view].collate([row], "flat", 0) for row in groups(sizes, pairs, tokenizer)]
 
@@ -250,18 +256,18 @@ def loop(policy: Any, step: Callable[[], float], steps: int, clock: Clock) -> fl
     return loss
 
 
-def dpo_ours(sizes: tuple[int, int, int], pairs: int, steps: int, clock: Clock) -> float:
+def dpo_ours(sizes: tuple[int, int, int], pairs: int, steps: int, clock: Clock, is_fused: bool = True) -> float:
     """Prompt shared, reference by adapter-off, head on supervised rows."""
     from llamafactory.train.stages import dpo
 
-    return ours(dpo.STAGE, dpo.Options(), sizes, pairs, steps, clock)
+    return ours(dpo.STAGE, dpo.Options(), sizes, pairs, steps, clock, is_fused)
 
 
-def rm_ours(sizes: tuple[int, int, int], pairs: int, steps: int, clock: Clock) -> float:
+def rm_ours(sizes: tuple[int, int, int], pairs: int, steps: int, clock: Clock, is_fused: bool = True) -> float:
     """Prompt shared, no language-model head."""
     from llamafactory.train.stages import rm
 
-    return ours(rm.STAGE, rm.Options(), sizes, pairs, steps, clock)
+    return ours(rm.STAGE, rm.Options(), sizes, pairs, steps, clock, is_fused)
 
 
 def dpo_trl(sizes: tuple[int, int, int], pairs: int, steps: int, clock: Clock) -> float:

@@ -17,6 +17,7 @@ from llamafactory.model.fit import RAM_SHARE
 from llamafactory.model.flops import decoder_shape, step_flops
 from llamafactory.model.idle_keys import idle_keys
 from llamafactory.model.plan import ModelPlan, inference_dtype, plan_training
+from llamafactory.model.workload import MicroBatch, Workload
 
 GIB = 2**30
 
@@ -63,6 +64,24 @@ def test_fused_blocks_are_for_proven_float32_rows_on_a_cpu(tiny_config):
     for options, kind, device in (({"fused_kernels": False}, "llama", "cpu"), ({"bf16": True}, "llama", "cpu"),
                                   ({}, "llama", "cuda"), ({}, "gpt2", "cpu")):  # fmt: skip
         assert not plan_training(config(**options), tiny_config(kind), machine(device)).fused_blocks
+
+
+def test_fused_blocks_serve_prefix_trees_too_and_the_forecast_has_no_holes_then(tiny_config):
+    def plan(**options: Any) -> ModelPlan:
+        batch = MicroBatch(lengths=((60, 30, 38), (9, 4, 4)), targets=40, num_micro_batches=1)
+        work = Workload(
+            largest=lambda limit: batch, tokens=145, squares=145, targets=40, num_steps=4, num_tokens=None,
+            source="here",
+        )  # fmt: skip
+        return plan_training(config(**options), tiny_config(), machine(), workload_of=lambda cfg, is_padded: work)
+
+    plain, dropping, off = plan(), plan(lora_dropout=0.1), plan(fused_kernels=False)
+    assert (plain.fused_blocks, dropping.fused_blocks, off.fused_blocks) == (True, True, False)
+    assert "in training some are not (dropout" in dropping.reasons["fused_blocks"]
+    kept, workspace = ([p.costs.memory.parts()[name] for p in (plain, off)] for name in ("activations", "workspace"))
+    assert kept[0] < kept[1]
+    assert workspace[0] < 0.5 * workspace[1]
+    assert dropping.costs.memory.parts()["workspace"] > 0.9 * workspace[1]
 
 
 def test_fp16_on_a_cpu_is_refused(tiny_config):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from llamafactory.model.checkpointing import recompute_blocks
 from llamafactory.model.method import apply_method
 from llamafactory.model.skeleton import build_skeleton, count_parameters
 from llamafactory.model.trace import ActivationTrace, is_recomputed, trace_activations
+from llamafactory.model.workload import tokens_of
 from llamafactory.train.logprob import hidden_states, unwrap_peft
 
 LENGTHS = (60, 30, 38)
@@ -81,8 +83,9 @@ def test_recomputed_blocks_keep_their_input_only(tiny_config, make_examples, met
     assert forecast == pytest.approx(measured, rel=0.05, abs=2 * trace.boundary)
 
 
+@pytest.mark.parametrize("parts", [LENGTHS, ((60, 30, 38), (0, 12, 20), 17)], ids=["rows", "trees"])
 @pytest.mark.parametrize(("method", "options"), [METHODS[0], METHODS[3]])
-def test_fused_blocks_are_traced_too(tiny_config, make_examples, method, options):
+def test_fused_blocks_are_traced_too(tiny_config, make_examples, method, options, parts):
     from llamafactory.model.kernels.decoder import decode
 
     config = tiny_config("llama", **WIDE)
@@ -97,13 +100,15 @@ def test_fused_blocks_are_traced_too(tiny_config, make_examples, method, options
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        assert decode(unwrap_peft(model), collate_flat(make_examples(LENGTHS, supervised=1.0))) is not None
+        flat = collate_flat(make_examples([tokens_of(part) for part in parts]))
+        batch = replace(flat, segment_lengths=parts)
+        assert decode(unwrap_peft(model), batch, torch.arange(batch.num_tokens)) is not None
     skeleton = build_skeleton(
         config, dtype="float32", attention="segments", finetuning_type=method, options=options_of(method, options)
     )
-    trace = trace_activations(skeleton, rows=1, lengths=LENGTHS, is_flat=True, is_fused=True)
+    trace = trace_activations(skeleton, rows=1, lengths=parts, is_flat=True, is_fused=True)
     assert trace.peak(0) == pytest.approx(sum(storage.nbytes() for storage in kept.values()), rel=0.05)
-    plain = trace_activations(skeleton, rows=1, lengths=LENGTHS, is_flat=True)
+    plain = trace_activations(skeleton, rows=1, lengths=parts, is_flat=True)
     assert trace.peak(0) < plain.peak(0)
 
 

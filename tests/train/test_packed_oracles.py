@@ -40,7 +40,8 @@ def trees(rows):
 PATHS = {
     "fused blocks": (collate_flat, plan(fused_blocks=True)),
     "segments": (collate_flat, plan()),
-    "prefix trees": (trees, plan(fused_blocks=True)),
+    "prefix trees": (trees, plan()),
+    "prefix trees, fused blocks": (trees, plan(fused_blocks=True)),
     "padded": (lambda rows: collate_padded(rows, pad_id=0), plan()),
 }
 """Every way in which a forward pass may hold several rows."""
@@ -114,7 +115,7 @@ def test_together_equals_alone(path, model, alone, rows):
     assert _distance(_gradient(model), gradient) < 1e-5
 
 
-@pytest.mark.parametrize("path", ["fused blocks", "segments", "prefix trees"])
+@pytest.mark.parametrize("path", ["fused blocks", "segments", "prefix trees", "prefix trees, fused blocks"])
 def test_another_order_and_other_neighbours_change_nothing(path, model, rows):
     collate, how = PATHS[path]
     other = Example(input_ids=rows[2].input_ids[::-1].copy(), labels=rows[2].labels)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from llamafactory.model.demands import NOTHING_MORE, Demands
+from llamafactory.model.kernels.decoder import read_blocks
 from llamafactory.model.memory import (
     HEAP_OVERHEAD,
     Generation,
@@ -22,7 +23,7 @@ from llamafactory.model.memory import (
 )
 from llamafactory.model.reach import reach_of
 from llamafactory.model.skeleton import ParameterCount, build_skeleton, count_parameters, decoder_blocks
-from llamafactory.model.trace import ActivationTrace, trace_activations
+from llamafactory.model.trace import ActivationTrace, base_of, trace_activations
 from llamafactory.model.valuehead import ModelWithValueHead, ValueHead
 from llamafactory.model.workload import Part, tokens_of
 
@@ -113,7 +114,7 @@ class CostModel:
             config: the model's config.
             precision: number formats.
             attention: name of the attention implementation.
-            is_fused: blocks go through `model.kernels` where those apply.
+            is_fused: blocks go through `model.kernels` where every module is plain.
             demands: of the stage.
             adapters: folders of trained adapters.
             num_shards: processes over which weights, gradients and optimizer are spread.
@@ -122,7 +123,7 @@ class CostModel:
             Exception: whatever the model's own code raises there.
         """
         self._precision = precision
-        self._is_fused, self._num_shards = is_fused, num_shards
+        self._num_shards = num_shards
         self._skeleton = build_skeleton(
             config,
             dtype=precision.weights,
@@ -133,6 +134,7 @@ class CostModel:
             pure_bf16=precision.pure_bf16,
             trust_remote_code=cfg.model.trust_remote_code,
         )
+        self.trains_fused = is_fused and read_blocks(base_of(self._skeleton)) is not None
         self._demands = demands
         whole = self._skeleton
         if demands.has_value_head:
@@ -278,7 +280,9 @@ class CostModel:
         )
 
     def _trace(self, rows: int, lengths: tuple[Part, ...], is_flat: bool) -> ActivationTrace:
-        return trace_activations(self._computing, rows=rows, lengths=lengths, is_flat=is_flat, is_fused=self._is_fused)
+        return trace_activations(
+            self._computing, rows=rows, lengths=lengths, is_flat=is_flat, is_fused=self.trains_fused
+        )
 
     @property
     def _computing(self) -> nn.Module:

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from llamafactory.model.family import Family
 
 
+NOT_PLAIN = "where every module is plain; in training some are not (dropout, DoRA): the model's own forward"
+"""Why blocks of a run go through the model's own forward while it trains, though they may be fused elsewhere."""
+
+
 def choose_layout(
     cfg: RunConfig, model_config: PreTrainedConfig, family: Family, hardware: Hardware
 ) -> tuple[Literal["flat", "padded"], str, str]:
@@ -65,7 +69,10 @@ def stock_attention(model_config: PreTrainedConfig) -> Literal["sdpa", "eager"]:
 def choose_blocks(
     cfg: RunConfig, model_type: str, family: Family, is_plain: bool, is_sharded: bool = False
 ) -> tuple[bool, str]:
-    """Whether blocks go through the fused CPU functions. At run time anything unusual in a module turns them off."""
+    """Whether blocks may go through the fused CPU functions: everything that is known before the modules are there.
+
+    What a module holds decides where it runs (`kernels.decoder.read_blocks`), also for the forecast.
+    """
     if not cfg.model.fused_kernels:
         return False, "fused_kernels: false"
     if is_sharded:

@@ -15,7 +15,7 @@ from llamafactory.model.costs import CostModel, Disk, Work, process_bytes_of
 from llamafactory.model.demands import NOTHING_MORE, Demands
 from llamafactory.model.family import family_of
 from llamafactory.model.fit import fit, fit_blindly, require_room_for_longest, room_of
-from llamafactory.model.layout import choose_blocks, choose_layout, compile_reason, refusal
+from llamafactory.model.layout import NOT_PLAIN, choose_blocks, choose_layout, compile_reason, refusal
 from llamafactory.model.loader import adapter_folders
 from llamafactory.model.memory import MemoryForecast
 from llamafactory.model.method import load_method
@@ -80,7 +80,7 @@ class ModelPlan:
             `per_device_train_batch_size` rows together. The optimizer step is the same either way.
         loss_chunk_rows: supervised rows whose logits exist at once.
         fused_head: head and cross-entropy on supervised rows only; else the model's own logits.
-        fused_blocks: blocks through `model.kernels`, the fused CPU functions; else the model's own forward.
+        fused_blocks: blocks may go through `model.kernels`, the fused CPU functions; else the model's own forward.
         checkpoint_every: every n-th block is recomputed in the backward pass; 1 all of them, 0 none.
         compiled_blocks: the model's own blocks through torch.compile.
         reasons: one line for each decision.
@@ -159,11 +159,6 @@ def plan_training(
         cfg, model_config.model_type, family, is_plain, is_sharded=num_shards > 1
     )
     workload = (workload_of or _assumed(num_devices))(cfg, layout == "padded")
-    if fused_blocks and not all(isinstance(part, int) for part in workload.largest(None).lengths):
-        fused_blocks, reasons["fused_blocks"] = (
-            False,
-            "not for answers that share their prompt: the model's own forward",
-        )
     compiled_blocks = cfg.train.compiles and not fused_blocks
     if cfg.train.compiles:
         reasons["compiled_blocks"] = compile_reason(cfg, fused_blocks)
@@ -186,6 +181,8 @@ def plan_training(
             adapters=adapters,
             num_shards=num_shards,
         )
+        if fused_blocks and not model.trains_fused:
+            reasons["fused_blocks"] = NOT_PLAIN
         snapshot = model.snapshot(cfg, workload, hardware)
 
         def memory(limit: int | None, every: int) -> MemoryForecast:

@@ -88,14 +88,13 @@ def trace_activations(
         RuntimeError: the model's forward pass reads values, which the meta device does not have.
     """
     time = sum(map(tokens_of, lengths))
-    segments = [length for length in lengths if isinstance(length, int)]
     stack: Any = transformer_of(model)
     recorder = _Recorder(model)
     ids = torch.zeros(rows, time, dtype=torch.long, device="meta")
-    fused = read_blocks(_base_of(model)) if is_flat and is_fused and len(segments) == len(lengths) else None
+    fused = read_blocks(base_of(model)) if is_flat and is_fused else None
     if fused is not None:
         with recorder.saving(), _MetaAttention(), torch.device("meta"):
-            _run_fused(stack, ids, fused, segments, recorder)
+            _run_fused(stack, ids, fused, tuple(lengths), recorder)
         return replace(recorder.result(), is_fused=True)
     options: dict[str, Any] = {"segment_lengths": tuple(lengths)} if is_flat else {}
     with _replaced_experts(model), recorder.watching(), _MetaAttention(), torch.device("meta"):
@@ -103,18 +102,19 @@ def trace_activations(
     return recorder.result()
 
 
-def _base_of(model: Any) -> Any:
+def base_of(model: Any) -> Any:
+    """The language model inside of peft's wrapper, if there is one."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _run_fused(stack: Any, ids: Tensor, blocks: Sequence[Block], lengths: Sequence[int], recorder: _Recorder) -> None:
+def _run_fused(stack: Any, ids: Tensor, blocks: Sequence[Block], parts: tuple[Part, ...], recorder: _Recorder) -> None:
     """What `kernels.decoder.decode` does, with every row of the last block."""
     embedded = stack.embed_tokens(ids)
     rotation = Rotation.of(*stack.rotary_emb(embedded, position_ids=ids))
     states = embedded[0]
     for index, (layer, block) in enumerate(zip(stack.layers, blocks, strict=True)):
         uses = getattr(layer.self_attn, "use_rope", True)
-        layout = Layout(lengths=tuple(lengths), rotation=rotation if uses else None, rows=None)
+        layout = Layout(parts=parts, rotation=rotation if uses else None, rows=None)
         recorder.enter(index, states)
         states = mlp(attention(states, block[0], layout), block[1])
     recorder.leave()

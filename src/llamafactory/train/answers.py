@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from llamafactory.train.logprob import hidden_states, token_logprobs, unwrap_peft
+from llamafactory.train.logprob import row_states, token_logprobs, unwrap_peft
 
 if TYPE_CHECKING:
     from llamafactory.data.answer_batch import AnswerBatch
+    from llamafactory.model.plan import ModelPlan
     from llamafactory.model.valuehead import ModelWithValueHead
     from llamafactory.train.stage import Models
 
@@ -30,10 +31,9 @@ def reference_logps(models: Models, batch: AnswerBatch) -> Tensor:
         return token_logprobs(model, batch, models.plan, temperature=models.temperature).detach()
 
 
-def answer_scores(model: ModelWithValueHead, batch: AnswerBatch) -> Tensor:
+def answer_scores(model: ModelWithValueHead, batch: AnswerBatch, plan: ModelPlan) -> Tensor:
     """Float32 `[answers]`: the value head at each answer's last real token. The language-model head is not run."""
-    states = hidden_states(unwrap_peft(model.pretrained_model), batch)
-    return model.v_head(states.flatten(0, 1).index_select(0, batch.last_rows))
+    return model.v_head(row_states(unwrap_peft(model.pretrained_model), batch, plan, batch.last_rows))
 
 
 def per_answer(values: Tensor, batch: AnswerBatch) -> Tensor:

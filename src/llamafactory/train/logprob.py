@@ -95,9 +95,21 @@ def _scaled(rows: Tensor, factor: float) -> Tensor:
 
 def target_states(base: PreTrainedModel, batch: Batch, plan: ModelPlan) -> Tensor:
     """Last hidden states of the supervised rows, `[targets, width]`, after the final norm."""
-    if plan.fused_blocks and (states := decode(base, batch)) is not None:
+    return row_states(base, batch, plan, batch.target_rows)
+
+
+def row_states(base: PreTrainedModel, batch: Batch, plan: ModelPlan, rows: Tensor) -> Tensor:
+    """Last hidden states of any rows, `[rows, width]`, after the final norm.
+
+    Args:
+        base: a causal language model without its peft wrapper.
+        batch: flat or padded, on the model's device.
+        plan: says whether the fused blocks may be used.
+        rows: int64 indices into the flattened positions of the batch, in any order, repeated or not.
+    """
+    if plan.fused_blocks and (states := decode(base, batch, rows)) is not None:
         return states
-    return hidden_states(base, batch).flatten(0, 1).index_select(0, batch.target_rows)
+    return hidden_states(base, batch).flatten(0, 1).index_select(0, rows)
 
 
 def hidden_states(base: PreTrainedModel, batch: Batch) -> Tensor:

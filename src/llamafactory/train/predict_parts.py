@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from llamafactory.data.table import Examples, ExampleTable
     from llamafactory.data.types import Template
     from llamafactory.hparams.run_config import RunConfig
+    from llamafactory.model.plan import ModelPlan
     from llamafactory.train.output_dir import Claim
     from llamafactory.train.signals import StopRequest
 
@@ -101,6 +102,7 @@ def with_predictions(
     cfg: RunConfig,
     claim: Claim,
     *,
+    plan: ModelPlan,
     policy: nn.Module,
     template: Template,
     tokenizer: PreTrainedTokenizerFast,
@@ -135,6 +137,7 @@ def with_predictions(
         predictor = ScorePredictor(
             feeds=cast("Any", job.evaluation),
             model=cast("Any", policy),
+            plan=plan,
             device=job.accelerator.device,
             batch_size=batch_size,
         )

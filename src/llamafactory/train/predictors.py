@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from llamafactory.data.ranked_batch import RankedBatch
     from llamafactory.data.table import ExampleTable
     from llamafactory.hparams.generation import GenerationConfig
+    from llamafactory.model.plan import ModelPlan
     from llamafactory.model.valuehead import ModelWithValueHead
     from llamafactory.train.feed import Feed
     from llamafactory.train.predict import Line
@@ -139,12 +140,14 @@ class ScorePredictor:
     Attributes:
         feeds: prefix of the metric names -> rows.
         model: with a value head, on its device.
+        plan: whether the fused blocks may be used.
         device: of the model.
         batch_size: rows that are scored together.
     """
 
     feeds: Mapping[str, Feed]
     model: ModelWithValueHead
+    plan: ModelPlan
     device: Any
     batch_size: int
 
@@ -160,7 +163,7 @@ class ScorePredictor:
             for first in range(0, len(places), self.batch_size):
                 items = [feed.schedule.items[place] for place in places[first : first + self.batch_size]]
                 batch = cast("RankedBatch", feed.batch(items).to(self.device))
-                scores = iter(answer_scores(self.model, batch).tolist())
+                scores = iter(answer_scores(self.model, batch, self.plan).tolist())
                 labels = iter(batch.labels.tolist())
                 for item in items:
                     names = ("chosen", "rejected") if len(item) == 2 else ("score",)

@@ -31,8 +31,8 @@ from llamafactory.train.text import data_seed, load_text
 if TYPE_CHECKING:
     from llamafactory.data.types import DatasetSpec, ViewName
     from llamafactory.hparams.run_config import RunConfig
+    from llamafactory.model.plan import ModelPlan
     from llamafactory.model.valuehead import ModelWithValueHead
-    from llamafactory.train.rows import Layout
 
 Line = Mapping[str, Any]
 _ROWS_AT_ONCE = 512
@@ -46,14 +46,14 @@ class Scorer:
     Attributes:
         model: in evaluation mode, on `device`.
         device: of the model.
-        layout: of its batches.
+        plan: layout of the batches, and whether the fused blocks may be used.
         pad_id: fills padded rows.
         batch_size: rows that go through the model together.
     """
 
     model: ModelWithValueHead
     device: str
-    layout: Layout
+    plan: ModelPlan
     pad_id: int
     batch_size: int
 
@@ -66,8 +66,8 @@ class Scorer:
             places = order[start : start + self.batch_size]
             groups = [AnswerGroup(answers=answers[place]) for place in places]
             with torch.no_grad():
-                batch = collate_answers(groups, self.layout, self.pad_id).to(self.device)
-                values = iter(answer_scores(self.model, batch).tolist())
+                batch = collate_answers(groups, self.plan.layout, self.pad_id).to(self.device)
+                values = iter(answer_scores(self.model, batch, self.plan).tolist())
             for place in places:
                 found[place] = [next(values) for _ in answers[place]]
         return found
@@ -107,7 +107,7 @@ def load_scorer(cfg: RunConfig, pad_id: int) -> Scorer:
         device=hardware.device,
     )
     batch_size = cfg.train.per_device_eval_batch_size
-    return Scorer(model=model, device=hardware.device, layout=plan.layout, pad_id=pad_id, batch_size=batch_size)
+    return Scorer(model=model, device=hardware.device, plan=plan, pad_id=pad_id, batch_size=batch_size)
 
 
 def _view_of(spec: DatasetSpec) -> ViewName:

@@ -116,8 +116,9 @@ def _run(cfg: RunConfig, claim: Claim, stop: StopRequest) -> RunResult:
             first_step_is_over=partial(record.note_start_up, start),
         )
         job = with_predictions(
-            job, cfg, claim, policy=policy, template=template, tokenizer=tokenizer, prompts=prompts, stop=stop
-        )
+            job, cfg, claim, plan=plan, policy=policy, template=template, tokenizer=tokenizer, prompts=prompts,
+            stop=stop,
+        )  # fmt: skip
         if dog is not None:
             dog.doing = job.doing
         start.ended("optimizer")

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import gc
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from llamafactory.data.answer_batch import AnswerGroup, collate_answers
 from llamafactory.data.collate import collate_flat, collate_padded
+from llamafactory.data.types import IGNORE_INDEX, Example
 from llamafactory.model import attention
 from llamafactory.model.family import FAMILIES
 from llamafactory.model.kernels.decoder import decode
 from llamafactory.model.patches.peft_future_warning import without_future_warning
-from llamafactory.train.logprob import supervised_nll, unwrap_peft
+from llamafactory.train.logprob import hidden_states, supervised_nll, unwrap_peft
 
 LENGTHS = (7, 1, 23, 7, 12)
+TREES = ((9, (5, 3)), (0, (4, 6, 1)), (12, (0, 0)), (8, (1, 1, 0, 11)), (6, (7,)))
+"""Tokens of a prompt and of the answers to it: usual ones, no prompt, equal answers, one token each, one answer."""
 PLANS = {fused: SimpleNamespace(fused_head=True, loss_chunk_rows=7, fused_blocks=fused) for fused in (False, True)}
 FUSED_TYPES = sorted(name for name, family in FAMILIES.items() if family.prenorm_blocks)
 
@@ -51,8 +57,29 @@ def loss_and_gradients(model, batch, fused):
     return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+def decoded(model, batch):
+    return decode(unwrap_peft(model), batch, batch.target_rows)
+
+
+@pytest.fixture
+def trees(make_examples):
+    """One batch of prefix trees; the last token of each prompt is a target of every answer."""
+    groups = []
+    for number, (prompt, answers) in enumerate(TREES):
+        parts = make_examples((prompt, *answers), seed=number, supervised=1.0)
+        answers = []
+        for part in parts[1:]:
+            ids, labels = (
+                np.concatenate([getattr(parts[0], name), getattr(part, name)]) for name in ("input_ids", "labels")
+            )
+            labels[: max(1, prompt // 2)] = IGNORE_INDEX
+            answers.append(Example(input_ids=ids, labels=labels))
+        groups.append(AnswerGroup(answers=tuple(answers)))
+    return collate_answers(groups, "flat", 0)
+
+
 def assert_same(model, batch):
-    assert decode(unwrap_peft(model), batch) is not None
+    assert decoded(model, batch) is not None
     stock, fused = (loss_and_gradients(model, batch, choice) for choice in (False, True))
     torch.testing.assert_close(fused[0], stock[0], rtol=1e-5, atol=0)
     assert fused[1].keys() == stock[1].keys()
@@ -68,10 +95,36 @@ def test_loss_and_gradients_equal_the_stock_forward(model_type, method, tiny_con
     assert_same(model, collate_flat(make_examples(LENGTHS)))
 
 
+@pytest.mark.parametrize("model_type", FUSED_TYPES)
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_prefix_trees_equal_the_stock_forward(model_type, method, tiny_config, trees):
+    tied = {"tie_word_embeddings": True}
+    assert_same(build(tiny_config(model_type, **tied), {} if method == "lora" else None), trees)
+
+
 @pytest.mark.parametrize("model_type", ["mistral", "qwen2", "qwen3"])
-def test_sliding_windows(model_type, tiny_config, make_examples):
+@pytest.mark.parametrize("shape", ["rows", "trees"])
+def test_sliding_windows(model_type, shape, tiny_config, make_examples, trees):
     config = tiny_config(model_type, sliding_window=5, use_sliding_window=True, max_window_layers=1)
-    assert_same(build(config, {}), collate_flat(make_examples(LENGTHS)))
+    assert_same(build(config, {}), trees if shape == "trees" else collate_flat(make_examples(LENGTHS)))
+
+
+def test_rows_may_be_wanted_in_any_order_and_more_than_once(tiny_config, trees):
+    model = build(tiny_config(), {})
+    rows = torch.tensor([8, 3, 8, 0, trees.input_ids.shape[1] - 1])
+    base = unwrap_peft(model)
+    wanted = hidden_states(base, trees)[0].index_select(0, rows)
+    torch.testing.assert_close(decode(base, trees, rows), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_is_kept_where_no_gradient_is_wanted(tiny_config, trees):
+    model = build(tiny_config(), {})
+    with torch.no_grad(), model.disable_adapter():
+        states = decoded(model, trees)
+    assert states is not None
+    assert states.grad_fn is None
+    size = (trees.num_tokens, model.config.hidden_size)
+    assert not [one for one in gc.get_objects() if type(one) is torch.Tensor and one.shape == size]
 
 
 @pytest.mark.parametrize("changes", [{"attention_bias": True}, {"num_key_value_heads": 4}, {"head_dim": 16}])
@@ -85,13 +138,14 @@ def test_rslora_on_some_layers(tiny_config, make_examples):
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_activation_checkpointing(reentrant, tiny_config, make_examples):
+def test_activation_checkpointing(reentrant, tiny_config, make_examples, trees):
     model = build(tiny_config(), {})
     base = unwrap_peft(model)
     base.activation_checkpointing_enable({"use_reentrant": reentrant})
     if reentrant:
         base.enable_input_require_grads()
     assert_same(model, collate_flat(make_examples(LENGTHS)))
+    assert_same(model, trees)
 
 
 def test_disabled_adapters_give_the_base_model(tiny_config, make_examples):
@@ -105,18 +159,18 @@ def test_disabled_adapters_give_the_base_model(tiny_config, make_examples):
 def test_it_steps_aside_for_what_it_does_not_know(tiny_config, make_examples):
     flat, padded = collate_flat(make_examples(LENGTHS)), collate_padded(make_examples(LENGTHS), pad_id=0)
     plain = build(tiny_config())
-    assert decode(plain, padded) is None
-    assert decode(plain.to(torch.bfloat16), flat) is None
-    assert decode(build(tiny_config(hidden_act="gelu")), flat) is None
-    assert decode(build(tiny_config(attention_dropout=0.1)), flat) is None
+    assert decoded(plain, padded) is None
+    assert decoded(plain.to(torch.bfloat16), flat) is None
+    assert decoded(build(tiny_config(hidden_act="gelu")), flat) is None
+    assert decoded(build(tiny_config(attention_dropout=0.1)), flat) is None
     for lora in ({"lora_dropout": 0.1}, {"use_dora": True}):
-        assert decode(unwrap_peft(build(tiny_config(), lora)), flat) is None
+        assert decoded(build(tiny_config(), lora), flat) is None
     dropping = build(tiny_config(), {"lora_dropout": 0.1}).eval()
-    assert decode(unwrap_peft(dropping), flat) is not None
+    assert decoded(dropping, flat) is not None
     two = build(tiny_config(), {})
     two.add_adapter("second", LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear"))
     two.base_model.set_adapter(["default", "second"])
-    assert decode(unwrap_peft(two), flat) is None
+    assert decoded(two, flat) is None
 
 
 def test_nothing_supervised(tiny_config, make_examples):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,12 @@ OPTIONS = {
     "bco": dpo.Options(pref_bco_weight=1.0),
 }
 MODELS = {"llama": {}, "mistral": {"sliding_window": 6}, "qwen3": {}}
+
+
+@pytest.fixture(params=[False, True], ids=["own forward", "fused blocks"])
+def plan(request):
+    """Padded batches never go through the fused blocks: each test compares with sequences that share nothing."""
+    return SimpleNamespace(fused_head=True, loss_chunk_rows=7, fused_blocks=request.param)
 
 
 def measure(stage, models, batch, options):
@@ -75,6 +82,18 @@ def test_scores_beside_margins(groups, make_model, plan):
     compare(rm.STAGE, Models(policy=policy, plan=plan), rows, rm.Options())
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_adapters_whose_reference_is_the_model_without_them(tied, groups, make_model, plan):
+    from llamafactory.model.adapters import lora
+
+    model = make_model(tie_word_embeddings=tied)
+    policy = lora.apply(model, lora.Options(lora_rank=4), adapters=(), trainable=True).train()
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    compare(dpo.STAGE, Models(policy=policy, plan=plan, reference=Reference()), groups, dpo.Options())
+
+
 def test_judged_answers(groups, make_model, plan):
     reference = make_model(initializer_range=0.05)
     models = Models(policy=make_model(), plan=plan, reference=Reference(model=freeze(reference)))
@@ -86,7 +105,7 @@ def test_each_pair_alone_gives_the_scores_of_the_batch(groups, make_model, plan)
 
     policy = add_value_head(make_model())
     batch = ROWS["pairs"].collate(groups, "flat", 0)
-    together = answer_scores(policy, batch)
+    together = answer_scores(policy, batch, plan)
     for number, group in enumerate(groups):
         for side, answer in enumerate(group.answers):
             ids = torch.tensor(answer.input_ids.tolist())[None]

@@ -40,7 +40,7 @@ def test_the_loss_is_the_formula_row_by_row(mixed, models):
     batch = collate_ranked(mixed, "flat", 0)
     with torch.no_grad():
         output = rm.loss(models, batch, rm.Options())
-        total, scores = 0.0, iter(answer_scores(models.policy, batch).tolist())
+        total, scores = 0.0, iter(answer_scores(models.policy, batch, models.plan).tolist())
         for group in mixed:
             if len(group.answers) == 1:
                 total += (next(scores) - group.value) ** 2
@@ -57,7 +57,7 @@ def test_an_evaluation_gives_mse_and_pearson(mixed, models):
     found, num_targets = evaluation_loss(Accelerator(cpu=True), module, batches)
     whole = collate_ranked(mixed, "flat", 0)
     with torch.no_grad():
-        scores = answer_scores(models.policy, whole)[whole.singles].numpy()
+        scores = answer_scores(models.policy, whole, models.plan)[whole.singles].numpy()
     labels = whole.labels.numpy()
     assert num_targets == sum(answer.num_supervised for group in mixed for answer in group.answers)
     assert found["mse"] == pytest.approx(float(np.mean((scores - labels) ** 2)), rel=1e-5)

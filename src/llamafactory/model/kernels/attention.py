@@ -1,21 +1,23 @@
-"""The attention half of a decoder block as one autograd function: `x + o(attention(rope(q, k), v))` in each segment.
+"""The attention half of a decoder block as one autograd function: `x + o(attention(rope(q, k), v))`.
 
 Projections, optional norms of queries and keys, rotation and residual are one function, so that each large tensor
-exists once. In the last block only the rows whose logits are wanted go through the output projection.
+exists once. Attention stays in each sequence or prefix tree (`kernels.branches`). In the last block only the rows
+whose logits are wanted go through the output projection.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from llamafactory.model.kernels.branches import Rules, attend, attend_back
 from llamafactory.model.kernels.norm import rms_norm, rms_norm_again, rms_norm_back
 from llamafactory.model.kernels.projection import Projection, flatten, project, project_back, refill
 from llamafactory.model.kernels.rotary import Rotation, rotate
+from llamafactory.model.workload import Part
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,12 +50,12 @@ class Layout:
     """Where things are in the flat row.
 
     Attributes:
-        lengths: tokens of each segment.
+        parts: tokens of each sequence or prefix tree.
         rotation: angles of each token, or None for a layer without positions.
-        rows: rows whose output is wanted, int64, or None for all.
+        rows: rows whose output is wanted, int64, each once; or None for all.
     """
 
-    lengths: tuple[int, ...]
+    parts: tuple[Part, ...]
     rotation: Rotation | None
     rows: Tensor | None
 
@@ -85,7 +87,7 @@ class _Attention(torch.autograd.Function):
         if layout.rotation is not None:
             rotate(q, layout.rotation)
             rotate(k, layout.rotation)
-        mixed, norms = _attend(q, k, v, block, layout)
+        mixed, norms = attend(q, k, v, _rules(block, layout))
         (output,), inner_out = project(_pick(mixed, layout), block.layers[3:])
         ctx.block, ctx.layout = block, layout
         ctx.save_for_backward(
@@ -107,7 +109,9 @@ class _Attention(torch.autograd.Function):
         )
         if layout.rows is not None:
             grad_mixed = torch.zeros_like(mixed).index_copy_(0, layout.rows, cast("Tensor", grad_mixed))
-        grad_q, grad_k, grad_v = _attend_back(cast("Tensor", grad_mixed), q, k, v, mixed, norms, block, layout)
+        grad_q, grad_k, grad_v = attend_back(
+            cast("Tensor", grad_mixed), (q, k, v), mixed, norms, _rules(block, layout)
+        )
         if layout.rotation is not None:
             rotate(grad_q, layout.rotation, back=True)
             rotate(grad_k, layout.rotation, back=True)
@@ -133,53 +137,5 @@ def _pick(states: Tensor, layout: Layout) -> Tensor:
     return states if layout.rows is None else states.index_select(0, layout.rows)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, block: Attention, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Causal attention in each segment.
-
-    Returns:
-        `[time, heads * head_dim]`, and the log-normalisers `[time, heads]`.
-    """
-    mixed = torch.empty_like(q)
-    norms = q.new_empty(q.shape[:2])
-    for part, mask in _segments(layout, block.window, q):
-        output, norm = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            _heads(q[part]), _heads(k[part]), _heads(v[part]), 0.0, mask is None, attn_mask=mask, scale=block.scaling
-        )
-        mixed[part] = output[0].transpose(0, 1)
-        norms[part] = norm[0].T
-    return mixed.view(len(q), -1), norms
-
-
-def _attend_back(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mixed: Tensor, norms: Tensor, block: Attention, layout: Layout
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `_attend`, `[time, heads, head_dim]` each."""
-    grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    grad, mixed = grad.view(q.shape), mixed.view(q.shape)
-    for part, mask in _segments(layout, block.window, q):
-        states = (_heads(state[part]) for state in (grad, q, k, v, mixed))
-        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *states, norms[part].T.unsqueeze(0), 0.0, mask is None, attn_mask=mask, scale=block.scaling
-        )
-        for whole, piece in zip(grads, found, strict=True):
-            whole[part] = piece[0].transpose(0, 1)
-    return grads
-
-
-def _segments(layout: Layout, window: int | None, like: Tensor) -> Iterator[tuple[slice, Tensor | None]]:
-    """Each segment's place, and its additive mask where a window is narrower than the segment."""
-    start = 0
-    for length in layout.lengths:
-        mask = None
-        if window is not None and length > window:
-            positions = torch.arange(length)
-            distance = positions[:, None] - positions[None, :]
-            hidden = (distance < 0) | (distance >= window)
-            mask = like.new_zeros(length, length).masked_fill_(hidden, float("-inf"))
-        yield slice(start, start + length), mask
-        start += length
-
-
-def _heads(states: Tensor) -> Tensor:
-    """`[time, heads, head_dim]` -> `[1, heads, time, head_dim]`, without a copy."""
-    return states.transpose(0, 1).unsqueeze(0)
+def _rules(block: Attention, layout: Layout) -> Rules:
+    return Rules(parts=layout.parts, scaling=block.scaling, window=block.window)

@@ -28,19 +28,20 @@ if TYPE_CHECKING:
 Block = tuple[Attention, Mlp]
 
 
-def decode(base: PreTrainedModel, batch: Batch) -> Tensor | None:
-    """Last hidden states of a batch's supervised rows, after the final norm.
+def decode(base: PreTrainedModel, batch: Batch, rows: Tensor) -> Tensor | None:
+    """Last hidden states of some rows of a batch, after the final norm.
 
     Args:
         base: a causal language model, without peft's wrapper around it.
-        batch: flat, on the model's device.
+        batch: flat, of sequences or prefix trees, on the model's device.
+        rows: int64 `[wanted]`, indices into the flattened positions, in any order; answers that share their prefix
+            may want its last row several times, and it is computed once.
 
     Returns:
-        `[targets, width]`, or None where this path does not apply.
+        `[wanted, width]`, or None where this path does not apply.
     """
     body: Any = base.base_model
-    lengths = [length for length in batch.segment_lengths or () if isinstance(length, int)]
-    if not lengths or len(lengths) < len(batch.segment_lengths or ()):  # padded, or prefix trees
+    if batch.segment_lengths is None:  # padded
         return None
     blocks = read_blocks(base)
     if blocks is None or torch.is_autocast_enabled("cpu"):
@@ -50,14 +51,22 @@ def decode(base: PreTrainedModel, batch: Batch) -> Tensor | None:
         return None
     rotation = Rotation.of(*body.rotary_emb(embedded, position_ids=batch.position_ids))
     states = embedded[0]
+    kept, places = _each_once(rows)
     for place, (layer, block) in enumerate(zip(body.layers, blocks, strict=True)):
         layout = Layout(
-            lengths=tuple(lengths),
+            parts=batch.segment_lengths,
             rotation=rotation if getattr(layer.self_attn, "use_rope", True) else None,
-            rows=batch.target_rows if place == len(blocks) - 1 else None,
+            rows=kept if place == len(blocks) - 1 else None,
         )
         states = _run(layer, states, block, layout)
-    return _Norm.apply(states, body.norm.weight, body.norm.variance_epsilon)
+    found = _Norm.apply(states, body.norm.weight, body.norm.variance_epsilon)
+    return found if places is None else found.index_select(0, places)
+
+
+def _each_once(rows: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The different ones of `rows` in order, and the place of each row among them, or None where they are the same."""
+    kept, places = torch.unique(rows, return_inverse=True)
+    return (rows, None) if torch.equal(kept, rows) else (kept, places)
 
 
 def read_blocks(base: PreTrainedModel) -> list[Block] | None:

@@ -85,7 +85,7 @@ def load_reward_model(
                 pieces = sorted(pieces)
                 parts = [AnswerGroup(answers=groups[number].answers[first:last]) for number, first, last in pieces]
                 batch = collate_answers(parts, plan.layout, pad_id).to(accelerator.device)
-                values = answer_scores(model, batch).double().cpu().numpy()
+                values = answer_scores(model, batch, plan).double().cpu().numpy()
                 ends = np.cumsum([last - first for _, first, last in pieces])[:-1]
                 for (number, first, last), own in zip(pieces, np.split(values, ends), strict=True):
                     found[number][first:last] = own

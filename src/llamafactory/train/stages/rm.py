@@ -29,7 +29,7 @@ def loss(models: Models, batch: RankedBatch, options: Section) -> LossOutput:
     """
     from llamafactory.train.answers import answer_scores, averaged
 
-    values = answer_scores(cast("ModelWithValueHead", models.policy), batch)
+    values = answer_scores(cast("ModelWithValueHead", models.policy), batch, models.plan)
     chosen, rejected = values.index_select(0, batch.chosen), values.index_select(0, batch.chosen + 1)
     scores = values.index_select(0, batch.singles)
     errors = score_losses(scores, batch.labels)
