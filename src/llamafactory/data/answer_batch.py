@@ -54,6 +54,8 @@ class AnswerBatch(Batch):
         is_desirable: bool `[answers]`, or None where answers are not judged alone.
         reference_logps: float32 `[targets]`, or None where the reference has to be run.
         mismatched: the same prompts with answers that belong to other prompts (KTO's estimate of the KL), or None.
+        both: in a flat batch the answers and the mismatched ones together, each two with their prompt once, for passes
+            that want neither gradients nor the one without the other; else None.
         step_sums: sums over the whole optimizer step of what the stage's `prepare` measured, or None.
         num_answers: in the batch.
         num_groups: groups that count.
@@ -67,6 +69,7 @@ class AnswerBatch(Batch):
     is_desirable: Tensor | None
     reference_logps: Tensor | None
     mismatched: AnswerBatch | None = None
+    both: AnswerBatch | None = None
     step_sums: Tensor | None = None
     num_answers: int
     num_groups: int

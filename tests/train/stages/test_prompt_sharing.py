@@ -11,6 +11,7 @@ import torch
 from llamafactory.data.answer_batch import num_batch_tokens, shared_length
 from llamafactory.model.reference import Reference, freeze
 from llamafactory.model.valuehead import add_value_head
+from llamafactory.train.answers import answer_scores, reference_logps
 from llamafactory.train.rows import ROWS
 from llamafactory.train.stage import Models
 from llamafactory.train.stages import dpo, kto, rm
@@ -100,9 +101,21 @@ def test_judged_answers(groups, make_model, plan):
     compare(kto.STAGE, models, groups, kto.Options(pref_ftx=0.2, kto_rejected_weight=1.5))
 
 
-def test_each_pair_alone_gives_the_scores_of_the_batch(groups, make_model, plan):
-    from llamafactory.train.answers import answer_scores
+def test_the_reference_of_judged_answers_reads_each_prompt_once(groups, make_model, plan):
+    reference, seen = freeze(make_model(initializer_range=0.05)), []
+    reference.get_input_embeddings().register_forward_hook(lambda module, args, output: seen.append(args[0].numel()))
+    models = Models(policy=make_model(), plan=plan, reference=Reference(model=reference))
+    batch = ROWS["feedback"].collate(groups, "flat", 0)
+    measure(kto.STAGE, models, batch, kto.Options())
+    assert seen == [sum(num_batch_tokens(group.answers, "flat") for group in groups)]
+    seen.clear()
+    known = [reference_logps(models, part) for part in (batch, batch.mismatched)]
+    assert seen == [batch.num_tokens, batch.mismatched.num_tokens]
+    _, ready = kto.prepare(models, batch, kto.Options())
+    torch.testing.assert_close(ready.reference_logps, known[0], rtol=1e-5, atol=1e-5)
 
+
+def test_each_pair_alone_gives_the_scores_of_the_batch(groups, make_model, plan):
     policy = add_value_head(make_model())
     batch = ROWS["pairs"].collate(groups, "flat", 0)
     together = answer_scores(policy, batch, plan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from llamafactory.hparams.section import option
@@ -23,16 +24,31 @@ class Options(PreferenceOptions):
 
 
 def prepare(models: Models, batch: AnswerBatch, options: Options) -> tuple[Tensor, AnswerBatch]:
-    """Sum of the log ratios of mismatched answers, and their number: `[2]`."""
+    """Sum of the log ratios of mismatched answers, and their number: `[2]`; the batch has its reference afterwards."""
     import torch
 
-    from llamafactory.train.answers import per_answer, policy_logps, reference_logps
+    from llamafactory.train.answers import per_answer, policy_logps
 
     other = batch.mismatched
     if other is None:
         raise ValueError("a batch of stage kto needs mismatched answers")
-    ratios = per_answer(policy_logps(models, other) - reference_logps(models, other), other)
-    return torch.stack([(ratios * other.group_weights).sum(), other.group_weights.sum()]), batch
+    own_reference, reference = _references(models, batch, other)
+    ratios = per_answer(policy_logps(models, other) - reference, other)
+    sums = torch.stack([(ratios * other.group_weights).sum(), other.group_weights.sum()])
+    return sums, replace(batch, reference_logps=own_reference, both=None)
+
+
+def _references(models: Models, batch: AnswerBatch, other: AnswerBatch) -> tuple[Tensor, Tensor]:
+    """Log-probabilities under the reference of judged and of mismatched answers; flat, their prompts run once."""
+    import torch
+
+    from llamafactory.train.answers import reference_logps
+
+    if batch.both is None or batch.reference_logps is not None:
+        return reference_logps(models, batch), reference_logps(models, other)
+    order = torch.argsort(batch.both.owners % 2, stable=True)  # each judged answer stands before its mismatched one
+    own, mismatched = reference_logps(models, batch.both)[order].split([batch.num_targets, other.num_targets])
+    return own, mismatched
 
 
 def loss(models: Models, batch: AnswerBatch, options: Options) -> LossOutput:
