@@ -22,6 +22,7 @@ from llamafactory.hparams.names import Namespace, namespace_for
 from llamafactory.hparams.path_checks import PATH_CHECKS
 from llamafactory.hparams.predict_checks import PREDICT_CHECKS
 from llamafactory.hparams.read import RawValue, Source, read_source
+from llamafactory.hparams.reference_checks import REFERENCE_CHECKS
 from llamafactory.hparams.resolve import Resolution, resolve
 from llamafactory.hparams.run_config import SECTIONS, RunConfig
 from llamafactory.hparams.section import Section
@@ -82,6 +83,7 @@ def resolve_config(source: Source, *, command: str = "train") -> Resolution:
     checks = (
         *CHECKS,
         *PREDICT_CHECKS,
+        *REFERENCE_CHECKS,
         *PATH_CHECKS,
         check_sharding,
         _check_model_hub,

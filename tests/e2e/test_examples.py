@@ -60,6 +60,8 @@ def test_a_training_example_takes_a_step(path, tiny_model_dir, tmp_path, monkeyp
     monkeypatch.chdir(ROOT)
     more = []
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if "ref_model_quantization_bit" in content:
+        pytest.importorskip("bitsandbytes")
     if "ref_model" in content:
         more.append(f"ref_model={tiny_model_dir}")
     if content.get("reward_model_type") == "api":

@@ -198,6 +198,8 @@ class CostModel:
 
     def _reference_bytes(self) -> int:
         demands, element = self._demands, 4 if self._precision.weights == "float32" else 2
+        if demands.reference_bytes is not None:
+            return demands.reference_bytes
         if demands.reference == "copy":
             return element * (
                 self.count.base if demands.reference_parameters is None else demands.reference_parameters

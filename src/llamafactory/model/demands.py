@@ -48,6 +48,7 @@ class Demands:
         reference: what the policy is compared with: nothing; its own base, the adapter switched off; a frozen copy of
             the adapter that is continued; or a second model.
         reference_parameters: of the second model; None for another copy of the base.
+        reference_bytes: of the second model where it is quantised; else None.
         has_value_head: a head that gives one number a token is trained too.
         makes_logits: the language-model head is run.
         passes: forward passes without gradient over the rows of a step.
@@ -56,6 +57,7 @@ class Demands:
 
     reference: Literal["none", "base", "adapter", "copy"] = "none"
     reference_parameters: int | None = None
+    reference_bytes: int | None = None
     has_value_head: bool = False
     makes_logits: bool = True
     passes: float = 0.0

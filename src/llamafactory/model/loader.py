@@ -11,7 +11,7 @@ from llamafactory.extras.errors import LlamaFactoryError
 from llamafactory.model.embedded import resolve_model_path
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
     from llamafactory.hparams.model import ModelConfig
 
@@ -60,7 +60,14 @@ def load_model_config(cfg: ModelConfig) -> PreTrainedConfig:
     return _loading(cfg, lambda: AutoConfig.from_pretrained(path, **_hub_options(cfg)))
 
 
-def load_model(cfg: ModelConfig, *, dtype: str, attention: str, device: str | None = None) -> PreTrainedModel:
+def load_model(
+    cfg: ModelConfig,
+    *,
+    dtype: str,
+    attention: str,
+    device: str | None = None,
+    quantization: BitsAndBytesConfig | None = None,
+) -> PreTrainedModel:
     """Loads a causal language model.
 
     Args:
@@ -68,9 +75,10 @@ def load_model(cfg: ModelConfig, *, dtype: str, attention: str, device: str | No
         dtype: dtype of the weights: float32, bfloat16 or float16.
         attention: attention implementation; `segments` is registered here.
         device: where to put the weights; None leaves them on the CPU (accelerate places them in training).
+        quantization: of linear layers, while they are loaded; see `model.quantised`.
 
     Raises:
-        LlamaFactoryError: not found, or not a causal language model.
+        LlamaFactoryError: not found, not a causal language model, or weights in shards that shall be quantised.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -83,6 +91,21 @@ def load_model(cfg: ModelConfig, *, dtype: str, attention: str, device: str | No
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": attention}
     path = model_path(cfg)
     shards = Path(path) / WEIGHT_SHARDS
+    if quantization is not None:
+        if shards.is_dir():
+            raise LlamaFactoryError(
+                f"{cfg.model_name_or_path} holds its weights in shards of several processes, which are not quantised. "
+                "Export it first: llamafactory-cli export makes a folder of safetensors."
+            )
+        options |= {"quantization_config": quantization, "device_map": {"": device or "cpu"}}
+        quantised = _loading(
+            cfg,
+            lambda: AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, **_hub_options(cfg), **options),
+        )
+        for parameter in quantised.parameters():
+            if parameter.is_floating_point() and parameter.device.type == "cpu":
+                parameter.data = parameter.data.clone()  # a part of the mapped file would keep all of it in memory
+        return quantised
     if cfg.train_from_scratch or shards.is_dir():
         config = load_model_config(cfg)
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=cfg.trust_remote_code, **options)

@@ -29,10 +29,12 @@ class Reference:
     Attributes:
         model: a model of its own, or None where the policy holds the reference.
         adapter: name of the policy's frozen adapter, or None where the reference is the policy without any adapter.
+        bits: of a weight of the quantised model of its own; None where it is not quantised.
     """
 
     model: nn.Module | None = None
     adapter: str | None = None
+    bits: int | None = None
 
     @contextmanager
     def of(self, policy: nn.Module) -> Iterator[nn.Module]:
@@ -60,7 +62,7 @@ class Reference:
             policy: the model that is trained; adapters that are not part of the reference do not count.
         """
         model: Any = policy if self.model is None else self.model
-        others = set(getattr(model, "peft_config", {})) - {self.adapter}
+        others = set[str]() if self.model is not None else set(getattr(model, "peft_config", {})) - {self.adapter}
         found = hashlib.blake2b(digest_size=16)
         for name, tensor in model.state_dict().items():
             if not others.isdisjoint(name.split(".")):

@@ -11,7 +11,9 @@ from llamafactory.extras import log
 from llamafactory.extras.errors import ConfigError, Problem
 from llamafactory.model.loader import adapter_folders, load_model, load_tokenizer
 from llamafactory.model.method import load_method
+from llamafactory.model.patches.bitsandbytes_cpu import as_asked_for
 from llamafactory.model.patches.peft_future_warning import without_future_warning
+from llamafactory.model.quantised import quantisation
 from llamafactory.model.reference import ADAPTER, Reference, freeze
 from llamafactory.model.valuehead import ModelWithValueHead, add_value_head
 from llamafactory.train.stage import load_stage
@@ -66,6 +68,9 @@ def load_reference(cfg: RunConfig, plan: ModelPlan, policy: Any, *, device: Any)
     if not load_stage(cfg.train.stage).needs_reference(options):
         return None
     if options.ref_model is not None:
+        bits = getattr(options, "ref_model_quantization_bit", None)
+        if bits is not None:
+            return _quantised_model(cfg, plan, bits, device)
         return _own_model(cfg, plan, options.ref_model, options.ref_model_adapters, device)
     method = load_method(cfg.train.finetuning_type)
     if not method.saves_adapter or not hasattr(policy, "peft_config"):
@@ -98,8 +103,33 @@ def _own_model(cfg: RunConfig, plan: ModelPlan, name: str, adapters: tuple[str, 
     with without_future_warning():
         for folder in adapter_folders(source):
             model = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
-    log.info(f"reference: {name}" + (f" with {', '.join(adapters)}" if adapters else ""))
+    log.info(f"reference: {name}" + _with(adapters))
     return Reference(model=freeze(model).to(device))
+
+
+def _quantised_model(cfg: RunConfig, plan: ModelPlan, bits: int, device: Any) -> Reference:
+    """`ref_model` in few bits, quantised on load; its adapter stays beside it, as merging would round it away."""
+    options: Any = cfg.stage_options
+    source = cfg.model.model_copy(
+        update={"model_name_or_path": options.ref_model, "adapter_name_or_path": options.ref_model_adapters}
+    )
+    _require_same_vocabulary(cfg.model, source)
+    compute = {"bf16": "bfloat16", "fp16": "float16"}.get(plan.autocast, plan.weight_dtype)
+    model: Any = load_model(
+        source, dtype=plan.weight_dtype, attention=plan.attention, device=str(device),
+        quantization=quantisation(bits, compute=compute),
+    )  # fmt: skip
+    from peft import PeftModel
+
+    with without_future_warning():
+        for folder in adapter_folders(source):
+            model = PeftModel.from_pretrained(model, str(folder))
+    log.info(f"reference: {options.ref_model}, quantised to {bits} bits" + _with(options.ref_model_adapters))
+    return Reference(model=as_asked_for(freeze(model)), bits=bits)
+
+
+def _with(adapters: tuple[str, ...]) -> str:
+    return f" with {', '.join(adapters)}" if adapters else ""
 
 
 def _require_same_vocabulary(policy: ModelConfig, reference: ModelConfig) -> None:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from llamafactory.model.demands import Demands, Sampling
 from llamafactory.model.loader import load_model_config
 from llamafactory.model.method import load_method
+from llamafactory.model.precision import training_dtype
+from llamafactory.model.quantised import quantised_bytes
 from llamafactory.model.skeleton import num_parameters
 from llamafactory.train.stage import Stage, load_stage
 
@@ -38,6 +40,7 @@ def demands_of(cfg: RunConfig, rows: RowSizes) -> Demands:
     return Demands(
         reference=kind,
         reference_parameters=None if own is None else num_parameters(load_model_config(_named(cfg, own))),
+        reference_bytes=None if own is None else _quantised_bytes(cfg, own),
         has_value_head=stage.has_value_head,
         makes_logits=not stage.has_value_head or sampling is not None,
         passes=passes,
@@ -55,6 +58,14 @@ def _reference_of(cfg: RunConfig, stage: Stage) -> Literal["none", "base", "adap
         return "copy"
     folders: Any = cfg.model.adapter_name_or_path
     return "base" if len(method.merged_before(cfg.adapter_options, folders)) == len(folders) else "adapter"
+
+
+def _quantised_bytes(cfg: RunConfig, name: str) -> int | None:
+    bits = getattr(cfg.stage_options, "ref_model_quantization_bit", None)
+    if bits is None:
+        return None
+    element = 4 if training_dtype(cfg)[0] == "float32" else 2
+    return quantised_bytes(load_model_config(_named(cfg, name)), bits=bits, element=element)
 
 
 def _sampling_of(cfg: RunConfig, stage: Stage, rows: RowSizes) -> Sampling | None:

@@ -22,7 +22,8 @@ _REMEDIES = {
     "optimizer": "finetuning_type: lora, or optim: adafactor",
     "activations": "disable_gradient_checkpointing: false (recomputes them), or a smaller cutoff_len",
     "logits": "a smaller cutoff_len or per_device_train_batch_size",
-    "reference": "finetuning_type: lora (the base with its adapter off is the reference), or a smaller ref_model",
+    "reference": "finetuning_type: lora (the base with its adapter off is the reference); or ref_model with "
+    "ref_model_quantization_bit: 4 in stages dpo and kto",
     "cache": "a smaller rollout_batch_size or max_new_tokens",
     "checkpoint": "async_save: false (training waits while a checkpoint is written)",
     "workspace": "a smaller cutoff_len",

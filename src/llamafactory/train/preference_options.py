@@ -18,6 +18,9 @@ class PreferenceOptions(Section):
         None, "Reference model; null takes the model as it is before training.", group=GROUP
     )
     ref_model_adapters: tuple[str, ...] = option((), "Adapters that are merged into ref_model.", group=GROUP)
+    ref_model_quantization_bit: int | None = option(
+        None, "Bits of a weight of ref_model, 4 or 8, by bitsandbytes; null loads it as it is.", group=GROUP
+    )
     cache_reference: bool | None = option(
         None,
         "Compute the reference's log-probabilities once and keep them; null does where there is more than one epoch.",

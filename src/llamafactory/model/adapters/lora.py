@@ -49,9 +49,11 @@ def apply(model: PreTrainedModel, options: Options, *, adapters: tuple[Path, ...
     Raises:
         LlamaFactoryError: `lora_target` names a module that the model does not have.
     """
-    from peft import PeftModel
-
+    from llamafactory.model.patches.bitsandbytes_cpu import import_bitsandbytes
     from llamafactory.model.patches.peft_future_warning import without_future_warning
+
+    import_bitsandbytes()  # as peft would, but without code of the hub
+    from peft import PeftModel
 
     model.requires_grad_(False)
     merged = merged_before(options, adapters)
@@ -65,9 +67,11 @@ def apply(model: PreTrainedModel, options: Options, *, adapters: tuple[Path, ...
 
 def outline(model: PreTrainedModel, options: Options, *, adapters: tuple[Path, ...]) -> nn.Module:
     """The model as it will be trained, without weights: an adapter that is continued is made from its own config."""
-    from peft import PeftConfig, get_peft_model
-
+    from llamafactory.model.patches.bitsandbytes_cpu import import_bitsandbytes
     from llamafactory.model.patches.peft_future_warning import without_future_warning
+
+    import_bitsandbytes()  # as peft would, but without code of the hub
+    from peft import PeftConfig, get_peft_model
 
     model.requires_grad_(False)
     continued = adapters[len(merged_before(options, adapters)) :]
