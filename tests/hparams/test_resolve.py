@@ -97,6 +97,12 @@ def test_keys_that_do_nothing_give_one_note(good: dict[str, Any]) -> None:
         assert part in note
 
 
+def test_a_reward_model_has_no_logits_to_cut_into_chunks(good: dict[str, Any]) -> None:
+    (note,) = resolve_config(good | {"stage": "rm", "loss_chunk_size": 64}).notes
+    assert "loss_chunk_size: a reward model makes no logits" in note
+    assert resolve_config(good | {"loss_chunk_size": 64}).notes == ()
+
+
 def test_defaults_written_out_give_no_note(good: dict[str, Any]) -> None:
     assert resolve_config(good | {"export_size": 5, "temperature": 0.95, "eval_steps": None}).notes == ()
 

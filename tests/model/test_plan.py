@@ -13,6 +13,7 @@ from llamafactory.hparams.data import DataConfig
 from llamafactory.hparams.model import ModelConfig
 from llamafactory.hparams.run_config import RunConfig
 from llamafactory.hparams.train import TrainConfig
+from llamafactory.model.demands import Demands
 from llamafactory.model.fit import RAM_SHARE
 from llamafactory.model.flops import decoder_shape, step_flops
 from llamafactory.model.idle_keys import idle_keys
@@ -232,6 +233,28 @@ def test_compiled_blocks_are_the_models_own(tiny_config):
     assert plan_training(config(torch_compile=True), tiny_config(), machine("cuda")).compiled_blocks
     with pytest.raises(ConfigError, match="compiled blocks are not proven together with fsdp"):
         plan_training(config(torch_compile=True, fsdp="full_shard"), tiny_config(), machine())
+
+
+@pytest.mark.parametrize("options", [{"lora_dropout": 0.1}, {"use_dora": True}])
+def test_what_the_fused_blocks_cannot_train_is_compiled(options, tiny_config):
+    given = config(torch_compile=True, **options)
+    plan = plan_training(given, tiny_config(), machine())
+    assert (plan.fused_blocks, plan.compiled_blocks) == (True, True)
+    assert "once for all lengths" in plan.reasons["compiled_blocks"]
+    assert idle_keys(given, plan) == []
+
+
+@pytest.mark.parametrize("demands", [Demands(reference="base"), Demands(reference="copy")])
+def test_a_policy_that_is_compared_is_planned_without_dropout(demands, tiny_config):
+    given = config(torch_compile=True, lora_dropout=0.1)
+    dropping = plan_training(given, tiny_config(), machine())
+    plan = plan_training(given, tiny_config(), machine(), demands_of=lambda cfg: demands)
+    assert "dropout" in dropping.reasons["fused_blocks"]
+    assert "dropout" not in plan.reasons["fused_blocks"]
+    assert not plan.compiled_blocks
+    assert plan.costs.memory.parts()["activations"] < dropping.costs.memory.parts()["activations"]
+    (said,) = idle_keys(given, plan)
+    assert said.startswith("torch_compile has no effect")
 
 
 def test_a_chunk_size_that_no_head_reads_is_a_warning(tiny_config):

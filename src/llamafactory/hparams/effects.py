@@ -174,5 +174,6 @@ _RULES: tuple[_Rule, ...] = (
         ("packing",),
         "answers to a prompt are never packed",
     ),
+    (lambda c: c.train.stage == "rm", ("loss_chunk_size",), "a reward model makes no logits"),
     (lambda c: c.generation.max_new_tokens > 0, ("max_length",), "max_new_tokens is set"),
 )

@@ -22,6 +22,7 @@ from llamafactory.model.memory import (
     spread_over,
 )
 from llamafactory.model.reach import reach_of
+from llamafactory.model.reference import without_dropout
 from llamafactory.model.skeleton import ParameterCount, build_skeleton, count_parameters, decoder_blocks
 from llamafactory.model.trace import ActivationTrace, base_of, trace_activations
 from llamafactory.model.valuehead import ModelWithValueHead, ValueHead
@@ -134,6 +135,8 @@ class CostModel:
             pure_bf16=precision.pure_bf16,
             trust_remote_code=cfg.model.trust_remote_code,
         )
+        if demands.drops_nothing:
+            without_dropout(self._skeleton)
         self.trains_fused = is_fused and read_blocks(base_of(self._skeleton)) is not None
         self._demands = demands
         whole = self._skeleton

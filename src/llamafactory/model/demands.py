@@ -63,6 +63,11 @@ class Demands:
     passes: float = 0.0
     sampling: Sampling | None = None
 
+    @property
+    def drops_nothing(self) -> bool:
+        """The policy's numbers are compared with others of the same tokens, so that it runs without dropout."""
+        return self.reference != "none" or self.sampling is not None
+
 
 NOTHING_MORE = Demands()
 """Of stages that need the policy alone."""

@@ -14,7 +14,7 @@ def idle_keys(cfg: RunConfig, plan: ModelPlan) -> list[str]:
     found: list[str] = []
     if cfg.model.use_reentrant_gc and not plan.checkpoint_every:
         found.append("use_reentrant_gc has no effect: the plan keeps all activations (see checkpoint_every above)")
-    if cfg.train.compiles and plan.fused_blocks:
+    if cfg.train.compiles and not plan.compiled_blocks:
         found.append(
             "torch_compile has no effect: blocks run through the fused CPU functions, which torch cannot compile; "
             "fused_kernels: false runs and compiles the model's own"

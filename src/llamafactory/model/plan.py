@@ -183,6 +183,8 @@ def plan_training(
         )
         if fused_blocks and not model.trains_fused:
             reasons["fused_blocks"] = NOT_PLAIN
+            if cfg.train.compiles:
+                compiled_blocks, reasons["compiled_blocks"] = True, compile_reason(cfg, False)
         snapshot = model.snapshot(cfg, workload, hardware)
 
         def memory(limit: int | None, every: int) -> MemoryForecast:

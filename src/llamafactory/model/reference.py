@@ -85,6 +85,16 @@ class Reference:
             policy.base_model.set_adapter(trained)
 
 
+def without_dropout(model: nn.Module) -> nn.Module:
+    """The same model; a policy that is compared with a reference or with its own samples drops nothing."""
+    from torch import nn
+
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
 def freeze(model: nn.Module) -> nn.Module:
     """The same model, in evaluation mode, no weight of it trainable."""
     model.requires_grad_(False)

@@ -14,7 +14,7 @@ from llamafactory.model.method import load_method
 from llamafactory.model.patches.bitsandbytes_cpu import as_asked_for
 from llamafactory.model.patches.peft_future_warning import without_future_warning
 from llamafactory.model.quantised import quantisation
-from llamafactory.model.reference import ADAPTER, Reference, freeze
+from llamafactory.model.reference import ADAPTER, Reference, freeze, without_dropout
 from llamafactory.model.valuehead import ModelWithValueHead, add_value_head
 from llamafactory.train.stage import load_stage
 
@@ -34,9 +34,7 @@ def with_stage_parts(cfg: RunConfig, policy: nn.Module, *, resume_from: Path | N
     """
     stage = load_stage(cfg.train.stage)
     if stage.needs_reference(cfg.stage_options) or stage.rollout is not None:
-        for module in policy.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
+        without_dropout(policy)
     if not stage.has_value_head:
         return policy
     folders = adapter_folders(cfg.model)

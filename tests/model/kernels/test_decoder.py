@@ -19,6 +19,7 @@ from llamafactory.model import attention
 from llamafactory.model.family import FAMILIES
 from llamafactory.model.kernels.decoder import decode
 from llamafactory.model.patches.peft_future_warning import without_future_warning
+from llamafactory.model.reference import without_dropout
 from llamafactory.train.logprob import hidden_states, supervised_nll, unwrap_peft
 
 LENGTHS = (7, 1, 23, 7, 12)
@@ -171,6 +172,12 @@ def test_it_steps_aside_for_what_it_does_not_know(tiny_config, make_examples):
     two.add_adapter("second", LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear"))
     two.base_model.set_adapter(["default", "second"])
     assert decoded(two, flat) is None
+
+
+def test_dropout_of_zero_drops_nothing(tiny_config, make_examples):
+    model = without_dropout(build(tiny_config(), {"lora_dropout": 0.1}))
+    assert model.training
+    assert_same(model, collate_flat(make_examples(LENGTHS)))
 
 
 def test_nothing_supervised(tiny_config, make_examples):

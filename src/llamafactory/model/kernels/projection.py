@@ -75,7 +75,7 @@ def read_projection(module: nn.Module) -> Projection | None:
         return Projection(weight=base.weight, bias=base.bias)
     name = active[0]
     down, up, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
-    is_dropping = layer.training and not isinstance(dropout, nn.Identity)
+    is_dropping = layer.training and not isinstance(dropout, nn.Identity) and getattr(dropout, "p", 1.0) > 0
     if len(active) > 1 or name in layer.lora_variant or is_dropping or not (_is_plain(down) and _is_plain(up)):
         return None
     if down.bias is not None or up.bias is not None:
