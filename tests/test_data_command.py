@@ -177,7 +177,7 @@ def test_preview_as_json(run: Callable[..., Any], config: Any) -> None:
     assert [row["origin"] for row in report["rows"]] == [f"a.json#{number}" for number in range(1, 5)]
     assert report["rows"][3]["reason"].startswith("a.json#4: output: not a text")
     first = report["rows"][0]
-    assert set(first) == {"use", "dataset", "origin", "reason", "num_left_out", "label", "examples"}
+    assert set(first) == {"use", "dataset", "origin", "reason", "num_left_out", "label", "score", "margin", "examples"}
     (example,) = first["examples"]
     assert set(example) == {"spans", "tokens", "num_tokens", "num_supervised", "num_cut", "is_used"}
     assert set(example["spans"][0]) == {"text", "is_supervised", "num_cut_behind"}
@@ -243,6 +243,12 @@ def test_stats_of_interleaved_sets_say_what_an_epoch_takes(run: Callable[..., An
     assert [one["drawn"] for one in json.loads(shown)["epoch"]] == [3, 3]
 
 
+def test_an_epoch_of_stats_leaves_out_what_is_held_out_for_evaluation(run: Callable[..., Any], config: Any) -> None:
+    words = (config(a=ROWS[:1] * 30, b=ROWS[:1] * 30), "mix_strategy=interleave_once", "val_size=20")
+    _, shown, _ = run("stats", *words, "--json")
+    assert sum(one["drawn"] for one in json.loads(shown)["epoch"]) == 40
+
+
 def test_stats_as_json(run: Callable[..., Any], config: Any) -> None:
     _, shown, _ = run("stats", config(a=ROWS, b=ROWS[:1]), "--json")
     report = json.loads(shown)
@@ -263,6 +269,7 @@ def test_stats_as_json(run: Callable[..., Any], config: Any) -> None:
         "num_cut_tokens",
         "num_duplicates",
         "lengths",
+        "scores",
         "histogram",
     }
     assert sum(one["num_sequences"] for one in first["histogram"]) == 3

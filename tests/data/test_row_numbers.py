@@ -124,6 +124,16 @@ def test_a_number_that_some_rows_lack_is_an_error(tmp_path: Path, tokenizer: Any
         prepare(path, tokenizer, max_bad_rows=0.0)
 
 
+@pytest.mark.parametrize(("column", "row"), [("score", SCORED["openai"]), ("margin", PAIRS["alpaca"])])
+def test_a_number_that_the_first_rows_lack_is_not_overlooked(
+    column: str, row: dict[str, Any], tmp_path: Path, tokenizer: Any
+) -> None:
+    without = {name: value for name, value in row.items() if name != column}
+    path = written(tmp_path, without, without, row)
+    with pytest.raises(DataError, match=rf"rows\.jsonl:1(?s:.*)the {column} is missing(?s:.*)no such column"):
+        prepare(path, tokenizer, max_bad_rows=0.0)
+
+
 def test_texts_of_a_csv_file_are_numbers(tmp_path: Path, tokenizer: Any) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("instruction,output,score\nWhy?,So.,4.5\nWho?,Me., -2e-1 \n")

@@ -135,8 +135,7 @@ def _mix_of(data: DataConfig, sets: Sequence[Tokenised], training: ExampleTable,
         return None
     sizes = [one.table.num_groups for one in sets]
     if training.num_groups != sum(sizes):  # rows were held out
-        kept = np.setdiff1d(np.arange(sum(sizes)), held_out_rows(sum(sizes), data.val_size, seed))
-        sizes = np.diff(np.searchsorted(kept, np.cumsum([0, *sizes]))).tolist()
+        sizes = sizes_for_training(sizes, data.val_size, seed)
     return Mix(
         names=tuple(one.report.name for one in sets),
         sizes=tuple(sizes),
@@ -165,9 +164,31 @@ def _evaluation_tables(data: DataConfig, sets: Sequence[Tokenised], held_out: Ex
     return {"eval": table} if table.num_groups else {}
 
 
+def sizes_for_training(sizes: Sequence[int], val_size: float, seed: int) -> list[int]:
+    """How many rows of each data set are left where `val_size` holds rows of all of them out.
+
+    Raises:
+        DataError: none would be left.
+    """
+    kept = np.setdiff1d(np.arange(sum(sizes)), held_out_rows(sum(sizes), val_size, seed))
+    return np.diff(np.searchsorted(kept, np.cumsum([0, *sizes]))).tolist()
+
+
 def held_out_rows(count: int, val_size: float, seed: int) -> NDArray[np.int64]:
-    """The numbers of the rows that `val_size` keeps for evaluation, in no order."""
-    return split_order(count, seed)[: int(val_size) if val_size >= 1 else ceil(count * val_size)]
+    """The numbers of the rows that `val_size` keeps for evaluation, in no order.
+
+    Raises:
+        DataError: nothing would be left to train on.
+    """
+    rows = split_order(count, seed)[: int(val_size) if val_size >= 1 else ceil(count * val_size)]
+    if count and len(rows) == count:
+        raise DataError(
+            "val_size leaves no rows for training",
+            where="val_size",
+            found=f"{val_size:g} of {count:,} rows",
+            expected=f"less than {count:,} rows, or a share below 1",
+        )
+    return rows
 
 
 def split_groups(table: ExampleTable, val_size: float, seed: int) -> tuple[ExampleTable, ExampleTable]:
@@ -177,16 +198,9 @@ def split_groups(table: ExampleTable, val_size: float, seed: int) -> tuple[Examp
         DataError: nothing would be left to train on.
     """
     count = table.num_groups
-    wanted = len(held_out_rows(count, val_size, seed))
-    if wanted == 0:
+    held_out = held_out_rows(count, val_size, seed)
+    if not len(held_out):
         return table, table.select([])
-    if wanted >= count:
-        raise DataError(
-            "val_size leaves no rows for training",
-            where="val_size",
-            found=f"{val_size:g} of {count:,} rows",
-            expected=f"less than {count:,} rows, or a share below 1",
-        )
     is_held_out = np.zeros(count, dtype=bool)
-    is_held_out[held_out_rows(count, val_size, seed)] = True
+    is_held_out[held_out] = True
     return table.select(np.flatnonzero(~is_held_out)), table.select(np.flatnonzero(is_held_out))

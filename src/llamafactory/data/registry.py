@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from llamafactory.data.formats import Detected, detect_format, find_format
+from llamafactory.data.formats import NUMBERS, Detected, detect_format, find_format
 from llamafactory.data.registry_entry import NO_ACCESS, REMOTE, chosen_hub, spec_from_entry
 from llamafactory.data.sources import READERS, list_files, read_source
 from llamafactory.data.sources.hub import INFO_NAME, download_registry
@@ -127,12 +127,10 @@ def spec_from_file(path: Path, access: SourceAccess = NO_ACCESS) -> DatasetSpec:
     """
     folder = access.media_dir or str(path if path.is_dir() else path.parent)
     bare = DatasetSpec(name=path.stem, source="file", location=str(path), media_dir=folder, access=access)
-    first = None
-    for row in islice(read_source(bare), 20):
-        if row.fault is not None:
-            continue
-        first = first or row
-        if (found := detect_format(row.values)) is not None:
+    rows = [row.values for row in islice(read_source(bare), 20) if row.fault is None]
+    numbers = {key: None for key in NUMBERS if any(key in row for row in rows)}  # the first row may lack its own
+    for row in rows:
+        if (found := detect_format({**numbers, **row})) is not None:
             formatting, detected = found
             columns = ", ".join(f"{key}: {value}" for key, value in detected.columns.items())
             note(f"{path}: rows look like '{formatting}'{_kind(detected)} ({columns})", once=True)
@@ -143,11 +141,11 @@ def spec_from_file(path: Path, access: SourceAccess = NO_ACCESS) -> DatasetSpec:
                 tags=detected.tags,
                 is_ranking=detected.is_ranking,
             )
-    keys = ", ".join(list(first.values)[:8]) if first else "no readable row"
+    keys = ", ".join(list(rows[0])[:8]) if rows else "no readable row"
     raise DataError(
         "no known format fits the rows",
         where=str(path),
-        found=f"the columns {keys}" if first else keys,
+        found=f"the columns {keys}" if rows else keys,
         expected="instruction and output (alpaca), conversations (sharegpt), messages (openai), or text",
         fix=f"describe the columns in an entry of {INFO_NAME}",
     )

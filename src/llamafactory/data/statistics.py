@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from llamafactory.data.encoded_rows import RowEncoder, encode_rows, open_reader
 from llamafactory.data.mix import Mix
+from llamafactory.data.pipeline import sizes_for_training
 from llamafactory.data.types import DatasetSpec, Example, Template, ViewName
 from llamafactory.hparams.data import DataConfig
 
@@ -168,11 +169,11 @@ def epoch_mix(parts: Sequence[DatasetStatistics], data: DataConfig, seed: int) -
     """What an epoch of training takes of each data set where they are interleaved (see `Mix.realised`), else nothing.
 
     Raises:
-        DataError: shares with which an epoch would not end.
+        DataError: shares with which an epoch would not end, or a `val_size` that leaves no rows.
     """
     if data.mix_strategy == "concat" or len(parts) < 2:
         return []
-    sizes = tuple(part.num_kept for part in parts)
+    sizes = tuple(sizes_for_training([part.num_kept for part in parts], data.val_size, seed))
     names, probs = tuple(part.name for part in parts), data.interleave_probs or None
     return Mix(names=names, sizes=sizes, strategy=data.mix_strategy, probs=probs, seed=seed).realised()
 

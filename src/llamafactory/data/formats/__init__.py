@@ -52,6 +52,8 @@ class RowFormat(Protocol):
 
 _OPTIONAL = ("system", "tools", "images", "videos", "audios")
 _JUDGEMENTS = ("kto_tag", "label")
+NUMBERS = ("score", "margin")
+"""Columns of numbers about answers, under their usual names."""
 
 
 def with_usual_columns(columns: Mapping[str, str | None], tags: Mapping[str, str | None], row: Row) -> Detected:
