@@ -15,10 +15,10 @@ TEST_WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist=loadfile $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-all check format lock bench clean
+.PHONY: help setup quickstart test test-all test-quantised check format lock bench clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make .venv with the locked packages, this project and the default model
 
@@ -34,6 +34,12 @@ test: $(STAMP) ## run the quick tests (ARGS="-k word" picks some)
 
 test-all: $(STAMP) ## run all tests; those that need a GPU say so and skip where there is none
 	$(PYTEST)
+
+test-quantised: $(STAMP) ## run the tests that need bitsandbytes, and leave it installed only meanwhile: peft imports it in every process
+	@$(BIN)/python -m uv pip install --quiet "bitsandbytes>=0.48"
+	$(PYTEST) tests/train/test_quantised_reference.py tests/model/test_bitsandbytes_cpu.py tests/e2e/test_examples.py \
+	  -k "quantised or bitsandbytes or 4bit"; \
+	  code=$$?; $(BIN)/python -m uv pip uninstall --quiet bitsandbytes; exit $$code
 
 check: $(STAMP) ## lint, format, types and import directions; changes nothing
 	$(BIN)/ruff check .

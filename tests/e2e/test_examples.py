@@ -20,11 +20,18 @@ def name_of(path: Path) -> str:
     return str(path.relative_to(ROOT / "examples"))
 
 
+def need_bitsandbytes(content):
+    """`make test-quantised` installs it."""
+    if "ref_model_quantization_bit" in content:
+        pytest.importorskip("bitsandbytes")
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=name_of)
 def test_an_example_resolves(path, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     command = COMMANDS.get(path.parent.name, "train")
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    need_bitsandbytes(content)
     words = [str(path)]
     if "adapter_name_or_path" in content:  # made by another example
         (tmp_path / "adapter_config.json").write_text("{}")
@@ -60,8 +67,7 @@ def test_a_training_example_takes_a_step(path, tiny_model_dir, tmp_path, monkeyp
     monkeypatch.chdir(ROOT)
     more = []
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if "ref_model_quantization_bit" in content:
-        pytest.importorskip("bitsandbytes")
+    need_bitsandbytes(content)
     if "ref_model" in content:
         more.append(f"ref_model={tiny_model_dir}")
     if content.get("reward_model_type") == "api":
