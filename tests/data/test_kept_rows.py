@@ -178,3 +178,12 @@ def test_wrong_words_remove_nothing(words: list[str], message: str, tmp_path: Pa
     with pytest.raises(ConfigError, match=message):
         main([*words, "--folder", str(tmp_path)])
     assert len(find_kept(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("words", [["cachedir=here"], ["cache_dir=here", "--folder", "there"]])
+def test_a_word_that_would_be_passed_over_removes_nothing(words: list[str], tmp_path: Path) -> None:
+    from llamafactory.commands.data_cache import main
+
+    words = [word.replace("here", str(tmp_path)) for word in words]
+    with pytest.raises(ConfigError, match="give one place"):
+        main(["prune", *words, "--max-gb", "1000"])

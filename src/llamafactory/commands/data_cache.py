@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from llamafactory.data.kept_rows import KeptRows
 
 _ACTIONS = ("list", "prune")
+_PLACES = ("cache_dir", "tokenized_path")
 _CONFIG_FILES = {".yaml", ".yml", ".json"}
 
 
@@ -32,6 +34,7 @@ def main(argv: list[str]) -> int:
     action, unused_days, max_gb = _read([word for word in words if word not in settings], own)
     from llamafactory.data.kept_rows import choose_unneeded, find_kept
 
+    _refuse_idle(settings, own)
     root = Path(own["folder"]) if "folder" in own else _root_of(settings)
     kept = find_kept(root)
     if action == "list":
@@ -51,6 +54,23 @@ def main(argv: list[str]) -> int:
     freed = sum(one.num_bytes for one in removed) / 1e6
     print(f"{len(removed)} of {len(kept)} data sets, {freed:,.1f} MB, {'would go' if is_dry else 'removed'}")
     return 0
+
+
+def _refuse_idle(settings: list[str], own: Mapping[str, str]) -> None:
+    """Stops where a word would be passed over, because prune would then remove rows from another folder."""
+    for word in settings:
+        key = word.partition("=")[0]
+        if "folder" in own or ("=" in word and key not in _PLACES):
+            raise ConfigError(
+                Problem(
+                    key=key,
+                    message="does not say where tokenised rows are"
+                    if "folder" not in own
+                    else "--folder is given too",
+                    allowed=f"a configuration file, {', '.join(f'{name}=PATH' for name in _PLACES)}, or --folder PATH",
+                    fix="give one place",
+                )
+            )
 
 
 def _root_of(settings: list[str]) -> Path:
