@@ -92,6 +92,8 @@ def without_dropout(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        if "attention_dropout" in vars(module):  # the config keeps its number, which is saved with the model
+            module.attention_dropout = 0.0  # pyright: ignore[reportArgumentType]
     return model
 
 

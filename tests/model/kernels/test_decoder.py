@@ -175,8 +175,9 @@ def test_it_steps_aside_for_what_it_does_not_know(tiny_config, make_examples):
 
 
 def test_dropout_of_zero_drops_nothing(tiny_config, make_examples):
-    model = without_dropout(build(tiny_config(), {"lora_dropout": 0.1}))
+    model = without_dropout(build(tiny_config(attention_dropout=0.1), {"lora_dropout": 0.1}))
     assert model.training
+    assert model.config.attention_dropout == 0.1
     assert_same(model, collate_flat(make_examples(LENGTHS)))
 
 

@@ -74,8 +74,6 @@ def read_blocks(base: PreTrainedModel) -> list[Block] | None:
     config: Any = base.config
     if not family_of(config.model_type).prenorm_blocks or config.hidden_act != "silu":
         return None
-    if base.training and getattr(config, "attention_dropout", 0.0):
-        return None
     body: Any = base.base_model
     blocks = [_read_block(layer, config) for layer in body.layers]
     found = [block for block in blocks if block is not None]
@@ -86,6 +84,8 @@ def _read_block(layer: Any, config: Any) -> Block | None:
     if layer._forward_hooks or layer._forward_pre_hooks:  # for example of FSDP, which shards the weights
         return None
     heads, inner = layer.self_attn, layer.mlp
+    if heads.training and heads.attention_dropout:
+        return None
     modules = [getattr(heads, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
     modules += [getattr(inner, name) for name in ("gate_proj", "up_proj", "down_proj")]
     read = [read_projection(module) for module in modules]
