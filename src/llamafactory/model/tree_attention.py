@@ -84,8 +84,23 @@ def tree_attention(
     return torch.cat(pieces, dim=2)
 
 
-@lru_cache(maxsize=64)  # every layer of a pass asks for the same ones
+_LARGE_MASK = 2**20
+
+
 def bottom_mask(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor:
     """Boolean `[queries, keys]`: the queries are the last positions of the keys, causal, banded by the window."""
-    distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)[None, :]
-    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+    kept = _kept_large if queries * keys > _LARGE_MASK else _kept_small
+    return kept(queries, keys, window, device)
+
+
+def _make_mask(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor:
+    position = torch.arange(keys - queries, keys, device=device)[:, None]
+    known = torch.arange(keys, device=device)[None, :]
+    mask = position >= known
+    return mask if window is None else mask & (known > position - window)
+
+
+# Every layer of a pass asks for the same masks, and keeps them for its backward pass. Those of passes before go: no
+# more than 64 MB of small ones and a few large ones are ever kept.
+_kept_small = lru_cache(maxsize=64)(_make_mask)
+_kept_large = lru_cache(maxsize=4)(_make_mask)
