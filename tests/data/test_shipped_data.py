@@ -14,6 +14,7 @@ DATA_DIR = Path(__file__).resolve().parents[2] / "data"
 NUM_ROWS = {
     "identity": 91,
     "general_instructions": 200,
+    "sums": 60,
     "preference_pairs": 60,
     "kto_feedback": 60,
     "plain_text": 12,

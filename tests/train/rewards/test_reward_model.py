@@ -84,7 +84,7 @@ def answers() -> list[Answer]:
 
 def load(cfg: Any, layout: str = "flat", policy: Any = None) -> Any:
     plan: Any = SimpleNamespace(
-        layout=layout, micro_batch_tokens=24, weight_dtype="float32",
+        layout=layout, micro_batch_tokens=24, weight_dtype="float32", fused_blocks=layout == "flat",
         attention="segments" if layout == "flat" else "eager",
     )  # fmt: skip
     if policy is None:
