@@ -7,8 +7,6 @@ import json
 import pytest
 from safetensors.torch import load_file
 
-pytestmark = pytest.mark.long
-
 
 def test_two_ranks_equal_one(cli, tiny_model_dir, tmp_path):
     rows = [
