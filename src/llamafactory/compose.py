@@ -15,10 +15,12 @@ from pathlib import Path
 
 from llamafactory.extras.errors import ConfigError, DataError, Problem
 from llamafactory.extras.log import note, warn
+from llamafactory.extras.network import go_offline
 from llamafactory.extras.suggest import did_you_mean
 from llamafactory.hparams.checks import CHECKS
 from llamafactory.hparams.known_keys import load_known_keys
 from llamafactory.hparams.names import Namespace, namespace_for
+from llamafactory.hparams.offline_checks import OFFLINE_CHECKS
 from llamafactory.hparams.path_checks import PATH_CHECKS
 from llamafactory.hparams.predict_checks import PREDICT_CHECKS
 from llamafactory.hparams.read import RawValue, Source, read_source
@@ -50,6 +52,8 @@ _ADAPTER = _Kind(
 def load_config(source: Source, *, command: str = "train") -> RunConfig:
     """The configuration of a run; what the user should know about it is said on stderr.
 
+    One with `offline: true` takes this process off the network, before any library is imported that could use it.
+
     Args:
         source: words of a command line, path of a YAML or JSON file, or a mapping.
         command: `train`, `chat`, `score`, `export` or `data`; decides which keys must be there.
@@ -63,7 +67,10 @@ def load_config(source: Source, *, command: str = "train") -> RunConfig:
             warn(text.removeprefix("warning: "), once=True)
         else:
             note(text, once=True)
-    return resolution.require()
+    config = resolution.require()
+    if config.model.offline:
+        go_offline()
+    return config
 
 
 def resolve_config(source: Source, *, command: str = "train") -> Resolution:
@@ -84,6 +91,7 @@ def resolve_config(source: Source, *, command: str = "train") -> Resolution:
         *CHECKS,
         *PREDICT_CHECKS,
         *REFERENCE_CHECKS,
+        *OFFLINE_CHECKS,
         *PATH_CHECKS,
         check_sharding,
         _check_model_hub,
@@ -222,6 +230,8 @@ def _check_template(config: RunConfig) -> Problem | None:
 def _check_datasets(config: RunConfig) -> Iterable[Problem]:
     if config.command not in ("train", "data", "score") or not (config.data.dataset or config.data.eval_dataset):
         return ()
+    if config.model.offline:
+        go_offline()  # the list of data sets may lie on a hub
     from llamafactory.data.registry import check_datasets
     from llamafactory.data.sources.access import access_of
 

@@ -11,7 +11,7 @@ import pytest
 from llamafactory.data import registry_entry
 from llamafactory.data.registry import check_datasets, find_spec, read_info
 from llamafactory.data.registry_entry import spec_from_entry
-from llamafactory.data.sources import hub
+from llamafactory.data.sources import cloud, hub
 from llamafactory.data.types import SourceAccess
 from llamafactory.extras.errors import DataError
 from llamafactory.hparams.data import DataConfig
@@ -86,6 +86,20 @@ def test_a_hub_whose_package_is_missing_names_the_extra(monkeypatch: pytest.Monk
         spec_from_entry("x", {key: "a/b"}, "d")
 
 
+def test_offline_data_sets_lie_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "is_installed", lambda name: True)
+    monkeypatch.setattr(cloud, "is_installed", lambda name: True)
+    offline = SourceAccess(is_offline=True)
+    for entry in ({"ms_hub_url": "a/b"}, {"om_hub_url": "a/b"}, {"cloud_file_name": "s3://a/b.json"}):
+        assert spec_from_entry("x", entry, "d").location in entry.values()
+        with pytest.raises(DataError, match="offline is on, and this data set is read over the network"):
+            spec_from_entry("x", entry, "d", offline)
+    assert spec_from_entry("x", {"hf_hub_url": "a/b"}, "d", offline).source == "hub"  # it may be in the cache
+    monkeypatch.setenv("USE_MODELSCOPE_HUB", "true")
+    with pytest.raises(DataError, match="dataset_dir: ONLINE: offline is on"):
+        find_spec("user/data", "ONLINE", offline)
+
+
 def test_paths_in_rows_begin_in_media_dir_or_beside_the_registry() -> None:
     assert spec_from_entry("x", {"file_name": "x.json"}, "d").media_dir == "d"
     assert spec_from_entry("x", {"file_name": "x.json"}, "d", SourceAccess(media_dir="m")).media_dir == "m"
@@ -148,8 +162,10 @@ def test_a_remote_registry_comes_from_the_hub(monkeypatch: pytest.MonkeyPatch, t
     access = SourceAccess(cache_dir="cache", hf_token="secret")
     spec = find_spec("a", "REMOTE:user/registry", access)
     assert (spec.source, spec.location, spec.columns) == ("hub", "user/data", {"prompt": "q", "response": "r"})
-    options = {"repo_type": "dataset", "cache_dir": "cache", "token": "secret"}
+    options = {"repo_type": "dataset", "cache_dir": "cache", "token": "secret", "local_files_only": False}
     assert asked == [("user/registry", "dataset_info.json", options)]
+    find_spec("a", "REMOTE:user/registry", SourceAccess(is_offline=True))
+    assert asked[1][2]["local_files_only"]
     assert "secret" not in repr(spec)
     with pytest.raises(DataError, match=r"a file on another machine(?s:.*)b\.json in REMOTE:user/registry"):
         find_spec("b", "REMOTE:user/registry")

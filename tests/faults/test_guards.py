@@ -1,19 +1,16 @@
-"""Numbers that are not finite, pickles, the network, odd paths, changed configurations, runs that are run again."""
+"""Numbers that are not finite, pickles, odd paths, changed configurations, runs that are run again."""
 
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from tests.faults.cells import CELLS
-from tests.faults.harness import ROOT, Place
+from tests.faults.harness import Place
 
 
 @pytest.fixture
@@ -85,36 +82,6 @@ def test_pickles_are_never_loaded(place, faults_model):
     assert place.begin("from pickle", f"model_name_or_path={model}").wait() != 0
     assert place.begin("adapter", f"adapter_name_or_path={checkpoint}").wait() != 0
     assert not mark.exists()
-
-
-def test_offline_makes_no_socket(place):
-    audit = place.folder / "sockets"
-    assert place.begin("online", "offline=true", audit=str(audit)).wait() == 0
-    assert not audit.exists() or audit.read_text() == ""
-
-
-@pytest.mark.long
-@pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
-def test_the_kernel_sees_no_connection_of_an_offline_run(place):
-    """The real command, its imports and what is not written in Python included."""
-    calls = place.folder / "calls"
-    command = ["strace", "-f", "-qq", "-e", "trace=connect,sendto,sendmsg,sendmmsg,bind", "-o", str(calls)]
-    command += [sys.executable, "-m", "llamafactory", "train", *place.words, f"output_dir={place.folder / 'out'}"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, "max_steps=2", "offline=true"],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    if "Operation not permitted" in done.stderr and not (place.folder / "out").exists():
-        pytest.skip("this system lets no test trace a process")
-    assert done.returncode == 0, done.stderr[-3000:]
-    used = [line for line in calls.read_text().splitlines() if "AF_INET" in line]
-    own = [line for line in used if " bind(" in line and '"::1"' in line]  # urllib3 asks whether there is IPv6
-    assert used == own
 
 
 def test_the_whole_path_in_a_folder_with_a_space_and_an_umlaut(make_place):

@@ -91,6 +91,14 @@ BROKEN_YAML: dict[str, tuple[str, tuple[str, ...]]] = {
         GOOD + "report_to: clearml\n",
         ("clearml is not installed", "pip install clearml"),
     ),
+    "tracker on a server, offline": (
+        GOOD + "report_to: wandb\noffline: true\n",
+        ("wandb needs the network, and offline is on", "fix:     tensorboard"),
+    ),
+    "rewards of a service, offline": (
+        GOOD + "stage: grpo\nreward_model: http://localhost:1\nreward_model_type: api\noffline: true\n",
+        ("a service is asked over the network, and offline is on", "HF_HUB_OFFLINE=1 alone"),
+    ),
     # types and bounds
     "text for a number": (
         GOOD + "learning_rate: fast\n",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from llamafactory.data.formats import NUMBERS, Detected, detect_format, find_format
-from llamafactory.data.registry_entry import NO_ACCESS, REMOTE, chosen_hub, spec_from_entry
+from llamafactory.data.registry_entry import NO_ACCESS, REMOTE, chosen_hub, require_reachable, spec_from_entry
 from llamafactory.data.sources import READERS, list_files, read_source
 from llamafactory.data.sources.hub import INFO_NAME, download_registry
 from llamafactory.data.sources.row import RepeatedKeys, json_object
@@ -46,7 +46,9 @@ def find_spec(name: str, dataset_dir: str | Mapping[str, Any], access: SourceAcc
     """The data set of this name, see `find_specs`."""
     if dataset_dir == "ONLINE":
         columns = find_format("alpaca").DEFAULT_COLUMNS
-        return DatasetSpec(name=name, source=chosen_hub(), location=name, columns=columns, access=access)
+        source = chosen_hub()
+        require_reachable(source, name, "dataset_dir: ONLINE", access)
+        return DatasetSpec(name=name, source=source, location=name, columns=columns, access=access)
     info = None
     is_listed = isinstance(dataset_dir, Mapping) or dataset_dir.startswith(REMOTE)
     if is_listed or (Path(cast(str, dataset_dir)) / INFO_NAME).is_file() or not Path(name).exists():

@@ -67,6 +67,7 @@ def spec_from_entry(
     _check_numbers(formatting, columns, is_ranking=bool(entry.get("ranking")), where=where)
     source, location = _place(entry, where, dataset_dir)
     _check_options(entry, source, where)
+    require_reachable(source, location, where, access)
     return DatasetSpec(
         name=name,
         source=source,
@@ -166,6 +167,21 @@ def _registry_folder(dataset_dir: str | Mapping[str, Any]) -> str | None:
     if isinstance(dataset_dir, Mapping):
         return "."
     return None if dataset_dir.startswith(REMOTE) else dataset_dir
+
+
+def require_reachable(source: Source, location: str, where: str, access: SourceAccess) -> None:
+    """Offline there are files, and what `datasets` has in its cache.
+
+    Raises:
+        DataError: the data set lies elsewhere.
+    """
+    if access.is_offline and source in ("cloud", "modelscope", "openmind"):
+        raise DataError(
+            "offline is on, and this data set is read over the network",
+            where=where,
+            found=location,
+            fix="download it, and name the file or folder in file_name",
+        )
 
 
 def chosen_hub() -> Source:

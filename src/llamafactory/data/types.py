@@ -230,6 +230,7 @@ class SourceAccess:
         cache_dir: where hubs put what they download, None: their own places.
         media_dir: where the paths in rows begin, None: in the folder of `dataset_info.json`.
         is_streaming: rows of a hub come over the network as they are read.
+        is_offline: only what is on this machine already.
     """
 
     cache_dir: str | None = None
@@ -238,6 +239,7 @@ class SourceAccess:
     ms_token: str | None = field(default=None, repr=False)
     om_token: str | None = field(default=None, repr=False)
     is_streaming: bool = False
+    is_offline: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import socket
+from importlib import import_module
+from importlib.util import find_spec
 
 
 def go_offline() -> None:
@@ -10,3 +13,20 @@ def go_offline() -> None:
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
         os.environ[name] = "1"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    _import_urllib3_without_socket()
+
+
+def _import_urllib3_without_socket() -> None:
+    """While it is imported, urllib3 binds a socket to learn whether there is IPv6, unless Python itself has none.
+
+    Nothing here uses urllib3, but libraries import it (accelerate through boto3). Imported this way it would ask for
+    IPv4 addresses only, and offline nobody asks for any.
+    """
+    if find_spec("urllib3") is None:
+        return
+    has_ipv6 = socket.has_ipv6
+    socket.has_ipv6 = False
+    try:
+        import_module("urllib3.util.connection")
+    finally:
+        socket.has_ipv6 = has_ipv6

@@ -5,7 +5,7 @@ A rule names the key that the user should change. `resolve` adds where it was se
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from llamafactory.extras.errors import Problem
 from llamafactory.extras.packages import is_installed
@@ -334,18 +334,6 @@ def check_packages(config: RunConfig) -> Iterator[Problem]:
         yield Problem(key="plot_loss", message="needs matplotlib", fix=install)
 
 
-def check_offline(config: RunConfig) -> Iterable[Problem]:
-    """A run without network cannot report to a server."""
-    online = sorted({"wandb", "comet_ml", "clearml"} & set(config.train.report_to))
-    if config.model.offline and online and config.command == "train":
-        return (
-            Problem(
-                key="report_to", message=f"{', '.join(online)} needs the network, and offline is on", fix="tensorboard"
-            ),
-        )
-    return ()
-
-
 def _install_command(module: str, package: str) -> str | None:
     return None if is_installed(module) else f"pip install {package}"
 
@@ -371,5 +359,4 @@ CHECKS = (
     check_adapters,
     check_trackers,
     check_packages,
-    check_offline,
 )

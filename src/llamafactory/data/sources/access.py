@@ -15,4 +15,5 @@ def access_of(data: DataConfig, model: ModelConfig) -> SourceAccess:
         hf_token=model.hf_hub_token,
         ms_token=model.ms_hub_token,
         om_token=model.om_hub_token,
+        is_offline=model.offline,
     )

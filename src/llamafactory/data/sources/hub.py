@@ -104,7 +104,12 @@ def download_registry(repository: str, access: SourceAccess) -> Path:
     try:
         return Path(
             hf_hub_download(
-                repository, INFO_NAME, repo_type="dataset", cache_dir=access.cache_dir, token=access.hf_token
+                repository,
+                INFO_NAME,
+                repo_type="dataset",
+                cache_dir=access.cache_dir,
+                token=access.hf_token,
+                local_files_only=access.is_offline,
             )
         )
     except Exception as error:  # whatever the hub or the network raised
