@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from llamafactory.compose import load_config
+from llamafactory.data.mix import Mix, mix_rows
 from llamafactory.data.table import ExampleTable, ShardBuilder, table_of
 from llamafactory.data.types import IGNORE_INDEX, Example
+from llamafactory.extras.errors import ConfigError
 from llamafactory.extras.hardware import Hardware
 from llamafactory.model.workload import tokens_of
 from llamafactory.train.build import build_feed, build_schedule_of_rows
@@ -121,6 +123,23 @@ def test_a_second_model_a_value_head_and_a_missing_head_are_in_the_memory(tmp_pa
     assert scored.count.trained == lora.count.trained + config.hidden_size + 1
     alone = costs(stage="dpo", pref_loss="simpo")
     assert alone.work.step_flops < 0.8 * lora.work.step_flops  # no forward pass of the reference
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_a_row_that_only_later_epochs_draw_bounds_a_pass_too(tmp_path, tiny_config, packs):
+    builder = ShardBuilder()
+    for size in [10] * 4 + [10] * 39 + [52]:
+        ids = np.ones(size, dtype=np.int32)
+        builder.add([Example(input_ids=ids, labels=ids)], flag=1)
+    table = table_of([builder.build()])
+    mix = Mix(names=("a", "b"), sizes=(4, 40), probs=None, seed=1, strategy="interleave_under")
+    assert 43 not in mix_rows(mix, 0)  # the first epoch leaves the long row out
+    plan = planner(tiny_config(), machine(), table, num_devices=1, mix=mix)
+    options = {"micro_batch_tokens": 51, "packing": packs, "cutoff_len": 59}
+    assert plan(settings(tmp_path, **options, num_train_epochs=1)).micro_batch_tokens == 51
+    with pytest.raises(ConfigError, match=f"the longest {'packed bin' if packs else 'row'} has 52 tokens"):
+        plan(settings(tmp_path, **options, num_train_epochs=2))
+    assert plan(settings(tmp_path, **options | {"micro_batch_tokens": 52})).micro_batch_tokens == 52
 
 
 def test_sampled_answers_have_their_cache_tokens_and_time(tmp_path, tiny_config):

@@ -80,6 +80,12 @@ def mix_rows(mix: Mix, epoch: int, *, shuffle: bool = True) -> NDArray[np.int64]
     return rows
 
 
+def drawable_rows(mix: Mix) -> NDArray[np.bool_]:
+    """Which rows an epoch may draw, `[rows]`: all but those of data sets that no place of an epoch takes from."""
+    counts = np.bincount(source_order(mix), minlength=len(mix.sizes))
+    return np.repeat(counts > 0, mix.sizes)
+
+
 def source_order(mix: Mix) -> NDArray[np.int64]:
     """From which data set each place of an epoch takes its row.
 

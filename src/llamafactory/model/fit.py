@@ -73,7 +73,7 @@ def fit(
 
 
 def require_room_for_longest(cfg: RunConfig, workload: Workload) -> None:
-    """A row is never cut or spread over two passes, so the longest one bounds `micro_batch_tokens`.
+    """A row or bin is never cut or spread over two passes, so the longest of any epoch bounds `micro_batch_tokens`.
 
     Raises:
         ConfigError: `micro_batch_tokens` is smaller.
@@ -81,9 +81,10 @@ def require_room_for_longest(cfg: RunConfig, workload: Workload) -> None:
     limit = cfg.train.micro_batch_tokens
     longest = 0 if limit is None else sum(map(tokens_of, workload.largest(1).lengths))
     if limit is not None and limit < longest:
+        what = "packed bin" if cfg.data.packing or cfg.data.neat_packing else "row"
         raise ConfigError(
             Problem(
-                key="micro_batch_tokens", given=str(limit), message=f"the longest row has {longest:,} tokens",
+                key="micro_batch_tokens", given=str(limit), message=f"the longest {what} has {longest:,} tokens",
                 allowed=f"{longest} or more ({workload.source})",
                 fix="leave the key out, or make rows shorter with cutoff_len",
             )

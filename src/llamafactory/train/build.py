@@ -294,7 +294,8 @@ def build_schedule_of_rows(
 ) -> Schedule:
     """Which rows make up which step; the plan then says how many of them share a forward pass.
 
-    A mix counts rows. With packing each epoch packs the rows that it draws; the plan looks at the first one.
+    A mix counts rows. With packing each epoch packs the rows that it draws, into bins that are no longer than those of
+    the first, which the plan looks at.
     """
     train, sizes = cfg.train, rows.tokens
     items = group_items(rows.offsets) if is_whole else single_items(len(sizes))
@@ -308,7 +309,7 @@ def build_schedule_of_rows(
         else:
             packed, mix = PackedMix(mix=mix, lengths=sizes, capacity=cfg.data.cutoff_len), None
             items = packed.bins(0, shuffle=not train.disable_shuffling)
-            redraw = None if train.disable_shuffling else packed
+            redraw = None if train.disable_shuffling else packed.within(items)
     return Schedule(
         items=items,
         lengths=[sum(sizes[index] for index in item) for item in items],

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamafactory.data.collate import padded_width
-from llamafactory.data.mix import Mix, mix_rows
+from llamafactory.data.mix import Mix, drawable_rows, mix_rows
 from llamafactory.data.order import epoch_order
 from llamafactory.data.pack import pack_best_fit
 
@@ -28,6 +28,8 @@ Item = tuple[int, ...]
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class PackedMix:
     """Several data sets of which each epoch draws other rows, and packs those that it drew.
+
+    The plan looks at the bins of the first epoch alone: those of later ones must be no longer, see `within`.
 
     Attributes:
         mix: how many examples an epoch takes of each data set.
@@ -44,6 +46,15 @@ class PackedMix:
         drawn = mix_rows(self.mix, epoch, shuffle=shuffle).tolist()
         packed = packed_items([self.lengths[index] for index in drawn], self.capacity)
         return [tuple(drawn[place] for place in item) for item in packed]
+
+    def within(self, items: Sequence[Item]) -> PackedMix:
+        """The same with bins that are no longer than the longest of `items`, or than the longest example."""
+        tokens = [sum(self.lengths[index] for index in item) for item in (*items, self.longest())]
+        return replace(self, capacity=max(tokens))
+
+    def longest(self) -> Item:
+        """The longest example that any epoch may draw, as an item."""
+        return (_longest(self.mix, self.lengths),)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,6 +109,21 @@ class Schedule:
         if self.mix is not None:
             return _order(self.mix, epoch, self.seed, self.shuffle)
         return _shuffled(len(self.items), self.seed, epoch) if self.shuffle else np.arange(len(self.items))
+
+    def longest_later(self, num_steps: int) -> Item | None:
+        """The longest that epochs behind the first may draw; their items are as long as it, or as one of the first.
+
+        Args:
+            num_steps: optimizer steps of the run.
+
+        Returns:
+            None where there is no such epoch, or all have the items of the first.
+        """
+        if not self.shuffle or num_steps <= self.windows_per_epoch:
+            return None
+        if self.redraw is not None:
+            return self.redraw.longest()
+        return None if self.mix is None else self.items[_longest(self.mix, self.lengths)]
 
     def total_windows(self, *, max_steps: int, num_epochs: float) -> int:
         """Optimizer steps of the whole run: `max_steps` if positive, else as many as the epochs hold."""
@@ -159,6 +185,11 @@ class Schedule:
             else:
                 group.append(index)
         return groups
+
+
+def _longest(mix: Mix, lengths: Sequence[int]) -> int:
+    """Place of the longest of what a mix may draw."""
+    return int(np.argmax(np.where(drawable_rows(mix), np.asarray(lengths, dtype=np.int64), 0)))
 
 
 @lru_cache(maxsize=2)

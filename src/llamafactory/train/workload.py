@@ -190,7 +190,8 @@ def largest_group(schedule: Schedule, tokens: Callable[[Item], int], num_steps: 
 
     Returns:
         The items of the micro-batch with most positions (padding included) in the first epoch, and the count. Of a
-        longer epoch than 2,000 steps the first 2,000 are looked at, and the longest rows together.
+        longer epoch than 2,000 steps the first 2,000 are looked at, and the longest rows together; of later epochs
+        that draw other rows, the longest row.
     """
 
     def positions(group: Sequence[Item]) -> int:
@@ -210,4 +211,7 @@ def largest_group(schedule: Schedule, tokens: Callable[[Item], int], num_steps: 
         longest = sorted(range(len(schedule.items)), key=lambda place: -schedule.lengths[place])
         groups = schedule.micro_batches(longest[: schedule.items_per_device])
         best = max([best, *groups], key=positions)
+    later = schedule.longest_later(num_steps)
+    if later is not None:
+        best = max([best, (later,)], key=positions)
     return best, most_groups
