@@ -119,6 +119,10 @@ def test_check_for_another_command(folder: Path, capsys: pytest.CaptureFixture[s
         ("eval_dataset=d", "train"),
         ("dataset=d --command train", "train"),
         ("do_train", "train"),
+        ("dataset=d finetuning_type=lora lora_rank=8", "train"),
+        ("dataset=d pref_beta=0.2", "train"),
+        ("dataset=d val_size=0.1", "train"),
+        ("dataset=d template=chatml cutoff_len=64 max_samples=9 dataset_dir=x finetuning_type=lora", "score"),
     ],
 )
 def test_check_judges_for_the_command_that_the_keys_are_for(
@@ -126,6 +130,13 @@ def test_check_judges_for_the_command_that_the_keys_are_for(
 ) -> None:
     cli.main(["check", "model_name_or_path=m", *keys.split(), "--json"])
     assert json.loads(capsys.readouterr().out)["command"] == command
+
+
+def test_check_says_for_which_command_it_guessed(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, is_said in (["dataset=d"], True), (["dataset=d", "--command", "score"], False), (["do_train"], False):
+        cli.main(["check", "model_name_or_path=m", *words])
+        said = "note: the keys look like those of the command score; --command NAME judges them for another"
+        assert (said in capsys.readouterr().out) is is_said
 
 
 def test_check_as_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

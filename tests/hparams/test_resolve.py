@@ -97,6 +97,12 @@ def test_keys_that_do_nothing_give_one_note(good: dict[str, Any]) -> None:
         assert part in note
 
 
+def test_the_note_names_every_stage_that_reads_a_key(good: dict[str, Any]) -> None:
+    (note,) = resolve_config(good | {"ref_model_quantization_bit": 4, "pref_loss": "orpo"}).notes
+    assert "ref_model_quantization_bit: only with stage: dpo or kto" in note
+    assert "pref_loss: only with stage: dpo" in note
+
+
 def test_a_reward_model_has_no_logits_to_cut_into_chunks(good: dict[str, Any]) -> None:
     (note,) = resolve_config(good | {"stage": "rm", "loss_chunk_size": 64}).notes
     assert "loss_chunk_size: a reward model makes no logits" in note

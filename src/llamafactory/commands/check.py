@@ -11,6 +11,8 @@ from typing import Any
 from llamafactory.compose import all_sections, resolve_config
 from llamafactory.extras.errors import ConfigError, Problem
 from llamafactory.extras.suggest import did_you_mean
+from llamafactory.hparams.data import DataConfig
+from llamafactory.hparams.effects import CHAT_KEYS, SCORE_KEYS
 from llamafactory.hparams.read import read_source
 from llamafactory.hparams.resolve import Resolution, ResolvedValue
 from llamafactory.hparams.train import TrainConfig
@@ -53,11 +55,13 @@ def main(argv: list[str]) -> int:
         _print_json(_as_dict(resolution, command))
     else:
         print("\n".join(render(resolution, command)))
+        if "command" not in own and command != "train":
+            print(f"note: the keys look like those of the command {command}; --command NAME judges them for another")
     return 0 if resolution.config is not None else 2
 
 
 def _command_for(words: Sequence[str]) -> str:
-    """What the keys are for: training needs keys (do_train, output_dir) that no other command reads."""
+    """What the keys are for: a data set is trained on where any key is one that only training reads."""
     try:
         given = {item.key for item in read_source(words) if item.value is not None}
     except ConfigError:
@@ -67,8 +71,14 @@ def _command_for(words: Sequence[str]) -> str:
     if "export_dir" in given:
         return "export"
     if "dataset" in given:
-        return "score"
+        return "train" if given & _only_trained_with() else "score"
     return "train" if "eval_dataset" in given else "chat"
+
+
+def _only_trained_with() -> set[str]:
+    """Keys of the data, of stages and of adapters that `score` does not read."""
+    options = {key for name, section in all_sections().items() if ": " in name for key in section.model_fields}
+    return options | set(DataConfig.model_fields) - CHAT_KEYS - set(SCORE_KEYS)
 
 
 def split_words(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:

@@ -15,7 +15,7 @@ _Rule: TypeAlias = tuple[Callable[[RunConfig], bool], Iterable[str], str]
 
 _OPTIM_KEYS = ("adam_beta1", "adam_beta2", "adam_epsilon")
 _SHARED_KEYS = {"stage", "finetuning_type", "seed", "use_cpu", "bf16", "fp16", "pure_bf16"}
-_CHAT_KEYS = {"template", "default_system", "enable_thinking", "preserve_thinking", "tool_format"}
+CHAT_KEYS = {"template", "default_system", "enable_thinking", "preserve_thinking", "tool_format"}
 
 
 def keys_without_effect(config: RunConfig, given: Mapping[str, Any]) -> dict[str, str]:
@@ -82,9 +82,9 @@ def _lacks(switch: str) -> Callable[[RunConfig], bool]:
 
 _TRAIN_KEYS = (
     *(key for key in TrainConfig.model_fields if key not in _SHARED_KEYS),
-    *(key for key in DataConfig.model_fields if key not in _CHAT_KEYS),
+    *(key for key in DataConfig.model_fields if key not in CHAT_KEYS),
 )
-_SCORE_KEYS = ("per_device_eval_batch_size", "dataset", "dataset_dir", "cutoff_len", "max_samples", "data_variables")
+SCORE_KEYS = ("per_device_eval_batch_size", "dataset", "dataset_dir", "cutoff_len", "max_samples", "data_variables")
 _NEW_ADAPTER_KEYS = (
     "lora_rank",
     "lora_alpha",
@@ -115,7 +115,7 @@ _RULES: tuple[_Rule, ...] = (
     (_is("chat"), tuple(ExportConfig.model_fields), "only read by the command export"),
     (_is("chat"), _TRAIN_KEYS, "only read by the command train"),
     (_is("export"), _TRAIN_KEYS, "only read by the command train"),
-    (_is("score"), tuple(key for key in _TRAIN_KEYS if key not in _SCORE_KEYS), "only read by the command train"),
+    (_is("score"), tuple(key for key in _TRAIN_KEYS if key not in SCORE_KEYS), "only read by the command train"),
     (_is("score"), tuple(ExportConfig.model_fields), "only read by the command export"),
     (_is("score"), tuple(GenerationConfig.model_fields), "only read where answers are written"),
     (lambda c: c.data.answers_trained == "last", ("rewritten_history",), "only the last answer is trained"),

@@ -73,6 +73,15 @@ def _kinds_by_key(names: Namespace) -> dict[str, frozenset[Kind]]:
     }
 
 
+def _listed(owners: Sequence[str]) -> str:
+    """`stage: dpo`, `stage: kto` -> `stage: dpo or kto`."""
+    names: dict[str, list[str]] = {}
+    for owner in owners:
+        kind, _, name = owner.partition(": ")
+        names.setdefault(kind, []).append(name)
+    return ", or with ".join(f"{kind}: {' or '.join(found)}" for kind, found in names.items())
+
+
 class SortedKeys:
     """Sorts raw values by what their names mean."""
 
@@ -92,8 +101,8 @@ class SortedKeys:
         known = self._names.known
         if item.key in self._fields:
             self._add_field(item)
-        elif where := next((w for w, s in self._names.spare.items() if item.key in s.model_fields), None):
-            self.inactive[item.key] = f"only with {where}"
+        elif owners := [owner for owner, options in self._names.spare.items() if item.key in options.model_fields]:
+            self.inactive[item.key] = f"only with {_listed(owners)}"
         elif item.key in known.aliases:
             self._add_alias(item)
         elif item.key in known.no_effect:
