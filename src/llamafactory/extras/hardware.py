@@ -109,6 +109,19 @@ def read_process_memory() -> tuple[int, int]:
     return 0, 0
 
 
+def forget_process_peak() -> int:
+    """Lets the highest memory of this process, see `read_process_memory`, begin again from what it holds now.
+
+    Returns:
+        Bytes of the highest memory so far where the system cannot forget it (only Linux can), else 0.
+    """
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return read_process_memory()[1]
+    return 0
+
+
 def measure_gemm_peak(device: str | torch.device, dtype: torch.dtype, *, size: int = 1024, repeats: int = 8) -> float:
     """Return the best matrix-multiply rate of `repeats` tries, in FLOP/s (2 x size^3 a multiplication).
 

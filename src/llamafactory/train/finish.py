@@ -165,7 +165,9 @@ def _disconnect() -> None:
         torch.distributed.destroy_process_group()
 
 
-def write_outcome(cfg: RunConfig, job: Job, record: RunRecord, result: FitResult | None, plan: ModelPlan) -> RunResult:
+def write_outcome(
+    cfg: RunConfig, job: Job, record: RunRecord, result: FitResult | None, plan: ModelPlan, peak: memory_use.Peak
+) -> RunResult:
     """Writes everything that belongs into the output folder and says how the run ended.
 
     Args:
@@ -174,6 +176,7 @@ def write_outcome(cfg: RunConfig, job: Job, record: RunRecord, result: FitResult
         record: its `run.json`.
         result: of the loop, or None where nothing was trained.
         plan: of the run; its forecast is compared with the real peak of memory.
+        peak: of memory, since the run began.
     """
     if result is not None and result.stop_signal:
         return _interrupted(job, record, result)
@@ -194,7 +197,7 @@ def write_outcome(cfg: RunConfig, job: Job, record: RunRecord, result: FitResult
             raise
         return _interrupted(job, record, replace(result, stop_signal=stopped.number))
     metrics |= evaluation | predicted
-    memory = memory_use.compare(plan) if result else None
+    memory = memory_use.compare(plan, peak) if result else None
     with _saving(job):
         if job.accelerator.is_main_process:
             if predicted:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from llamafactory.extras.errors import LlamaFactoryError
-from llamafactory.extras.hardware import read_process_memory
+from llamafactory.extras.hardware import forget_process_peak, read_process_memory
 
 if TYPE_CHECKING:
     from llamafactory.model.plan import ModelPlan
@@ -30,16 +31,35 @@ _REMEDIES = {
 }
 
 
-def used_bytes(device: str) -> int:
-    """Highest memory so far: of this process on a CPU, of the device's allocator elsewhere; 0 where unknown."""
-    if device == "cuda":
-        return torch.cuda.max_memory_reserved()
-    return read_process_memory()[1] if device == "cpu" else 0
+@dataclass(frozen=True, kw_only=True)
+class Peak:
+    """The highest memory since a moment, whatever this process did before.
+
+    Attributes:
+        before: bytes of an earlier peak of the process that the system could not forget, or 0.
+    """
+
+    before: int
+
+    @classmethod
+    def begin(cls) -> Peak:
+        """Begins to measure."""
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        return cls(before=forget_process_peak())
+
+    def bytes_on(self, device: str) -> int:
+        """Of this process on a CPU, of the device's allocator elsewhere; 0 where it is not known."""
+        if device == "cuda":
+            return torch.cuda.max_memory_reserved()
+        used = read_process_memory()[1] if device == "cpu" else 0
+        return used if used > self.before else 0
 
 
-def compare(plan: ModelPlan) -> dict[str, int] | None:
+def compare(plan: ModelPlan, peak: Peak) -> dict[str, int] | None:
     """Forecast and real peak in bytes, of this process and device; None where either is not known."""
-    used = used_bytes(plan.device)
+    used = peak.bytes_on(plan.device)
     if plan.costs is None or not used:
         return None
     memory = plan.costs.memory

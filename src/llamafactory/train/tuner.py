@@ -63,6 +63,7 @@ def _run(cfg: RunConfig, claim: Claim, stop: StopRequest) -> RunResult:
     from llamafactory.train.stage import load_stage
     from llamafactory.train.watchdog import watching
 
+    peak = memory_use.Peak.begin()
     start.ended("imports")
     tokenizer, template = text.load_text(cfg)
     prepare = partial(prepare_data, for_training=cfg.train.do_train)
@@ -128,4 +129,4 @@ def _run(cfg: RunConfig, claim: Claim, stop: StopRequest) -> RunResult:
                 if needs_rehearsal(plan):
                     rehearse(job, plan)
             result = fit(job, stop) if cfg.train.do_train else None
-            return finish.write_outcome(cfg, job, record, result, plan)
+            return finish.write_outcome(cfg, job, record, result, plan, peak)
