@@ -61,10 +61,20 @@ def test_another_batch_size_goes_on_and_is_said(tmp_path, capsys):
     for size in (8, 8, 4):
         batching = {"batch_size": size, "num_processes": 1}
         file = PredictionsFile(tmp_path, {"weights": "a"}, num_rows=6, starts_afresh=False, batching=batching)
-        assert ("were made with {'batch_size': 8" in capsys.readouterr().err) == (size == 4)
+        said = "were made with batch_size 8, num_processes 1, and new ones are with batch_size 4, num_processes 1"
+        assert (said in capsys.readouterr().err) == (size == 4)
         file.write(0, LINES[:3])
     assert file.num_lines == 3
     assert json.loads((tmp_path / MADE_OF).read_text())["batching"] == batching
+
+
+@pytest.mark.parametrize(("num_lines", "is_said"), [(0, False), (3, True), (6, False)])
+def test_rounding_is_spoken_of_where_old_lines_and_new_ones_meet(tmp_path, capsys, num_lines, is_said):
+    opened(tmp_path).write(0, LINES[:num_lines])  # as an earlier version did, without the batch size
+    PredictionsFile(tmp_path, {"weights": "model"}, num_rows=6, starts_afresh=False, batching={"batch_size": 4})
+    said = capsys.readouterr().err
+    assert ("were made with a batch size that is not known, and new ones are with batch_size 4" in said) is is_said
+    assert "None" not in said
 
 
 def test_a_fresh_start_replaces_them_and_says_so(tmp_path, capsys):

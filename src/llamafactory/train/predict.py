@@ -94,10 +94,10 @@ class Predictions:
             LlamaFactoryError: the file that is there was made of something else.
             StopSignal: a signal asked to stop; the lines so far are in the file.
         """
-        started, made_of = time.monotonic(), {"weights": weights_digest(self.policy), **self.predictor.made_of()}
-        num_rows = self.predictor.num_rows
+        started, num_rows = time.monotonic(), self.predictor.num_rows
 
         def open_file() -> PredictionsFile:
+            made_of = {"weights": weights_digest(self.policy), **self.predictor.made_of()}
             batching = {"batch_size": self.batch_size, "num_processes": self.accelerator.num_processes}
             return PredictionsFile(
                 folder, made_of, num_rows=num_rows, starts_afresh=self.starts_afresh, batching=batching

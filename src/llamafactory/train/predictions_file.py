@@ -54,6 +54,7 @@ class PredictionsFile:
         self.path, self._num_rows = folder / NAME, num_rows
         note = folder / MADE_OF
         wanted = json.loads(json.dumps({"format": _FORMAT, "num_rows": num_rows, **made_of}))
+        earlier = None
         if starts_afresh:
             if self.path.is_file():
                 log.note(f"{self.path} is written anew (overwrite_output_dir)")
@@ -62,11 +63,12 @@ class PredictionsFile:
         elif self.path.is_file() or note.is_file():
             earlier = (there := _read_note(note) or {}).pop(_BATCHING, None)
             _require_same(self.path, there or None, wanted)
-            if earlier != batching:
-                log.note(
-                    f"lines in {self.path} were made with {earlier}, and now {batching}: answers differ in rounding"
-                )
         self.num_lines, end = _whole_lines(self.path, num_rows)
+        if 0 < self.num_lines < num_rows and earlier != batching:
+            log.note(
+                f"lines in {self.path} were made with {_words(earlier)}, and new ones are with {_words(batching)}: "
+                "answers differ in rounding"
+            )
         if self.path.is_file():
             os.truncate(self.path, end)
         write_json(note, wanted | {_BATCHING: batching})
@@ -115,6 +117,11 @@ def _require_same(path: Path, there: dict[str, Any] | None, wanted: dict[str, An
                 fix="choose another output_dir, or set overwrite_output_dir: true to write the file anew",
             )
         )
+
+
+def _words(batching: Mapping[str, int] | None) -> str:
+    """`batch_size 4, num_processes 1`; files of earlier versions do not say."""
+    return ", ".join(f"{name} {value}" for name, value in (batching or {}).items()) or "a batch size that is not known"
 
 
 def _short(value: object) -> str:

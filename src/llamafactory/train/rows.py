@@ -110,7 +110,8 @@ def _unsupervised(example: Example) -> Example:
 
 def _collate_judged(groups: Sequence[AnswerGroup], layout: Layout, pad_id: int) -> Batch:
     judged, others = (collate_answers([_only(group, place) for group in groups], layout, pad_id) for place in (0, 1))
-    both = collate_answers(groups, layout, pad_id) if layout == "flat" else None
+    is_known = all(group.reference is not None for group in groups)  # then no pass over both will be made
+    both = collate_answers(groups, layout, pad_id) if layout == "flat" and not is_known else None
     return replace(judged, mismatched=others, both=both)
 
 
