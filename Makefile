@@ -15,7 +15,7 @@ TEST_WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist=loadfile $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-all test-quantised check format lock bench clean
+.PHONY: help setup quickstart test test-all test-quantised test-zero check format lock bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +40,14 @@ test-quantised: $(STAMP) ## run the tests that need bitsandbytes, and leave it i
 	$(PYTEST) tests/train/test_quantised_reference.py tests/model/test_bitsandbytes_cpu.py tests/e2e/test_examples.py \
 	  -k "quantised or bitsandbytes or 4bit"; \
 	  code=$$?; $(BIN)/python -m uv pip uninstall --quiet bitsandbytes; exit $$code
+
+test-zero: build/deepspeed ## compare runs with `deepspeed` against DeepSpeed itself; it stays in build/, where only these tests find it
+	$(PYTEST) tests/faults/test_zero.py
+
+build/deepspeed: $(STAMP)
+	@$(BIN)/python -m uv pip install --quiet --target $@ --no-deps --no-build-isolation \
+	  "deepspeed>=0.18,<0.20" hjson py-cpuinfo msgpack einops ninja
+	@touch $@
 
 check: $(STAMP) ## lint, format, types and import directions; changes nothing
 	$(BIN)/ruff check .

@@ -63,7 +63,7 @@ BROKEN_YAML: dict[str, tuple[str, tuple[str, ...]]] = {
     "a budget of 0 tokens": (GOOD + "micro_batch_tokens: 0\n", ("micro_batch_tokens (c.yaml:5)", ">= 1")),
     "CUDA graphs": (GOOD + "torch_compile_mode: reduce-overhead\n", ("torch_compile_mode", "every length")),
     "fa2 without its package": (GOOD + "flash_attn: fa2\n", ("flash_attn (c.yaml:5)", "pip install flash-attn")),
-    "deepspeed": (GOOD + "deepspeed: ds_z3.json\n", ("deepspeed", "not implemented", "fsdp: full_shard")),
+    "deepspeed": (GOOD + "deepspeed: ds_z3.json\n", ("deepspeed (c.yaml:5): cannot be read", "examples/deepspeed")),
     "method of a later version": (GOOD + "finetuning_type: oft\n", ("finetuning_type (c.yaml:5)", "not implemented")),
     "ppo without a reward": (GOOD + "stage: ppo\n", ("reward_model: stage ppo needs something that scores answers",)),
     "a service without its type": (

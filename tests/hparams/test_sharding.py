@@ -60,13 +60,26 @@ def test_a_json_file(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("words", "entries", "key"),
+    [
+        ("full_shard offload", {}, "offload"),
+        ("full_shard", {"fsdp_offload_params": True}, "offload_params"),
+        ("full_shard", {"cpu_offload": "true"}, "cpu_offload"),
+    ],
+)
+def test_offloading_is_said_to_have_no_effect(words, entries, key):
+    found = sharding_of(config(fsdp=words, fsdp_config=entries))
+    assert found is not None
+    assert list(found.without_effect) == [key]
+
+
+@pytest.mark.parametrize(
     ("train", "words"),
     [
         ({"fsdp": "hybrid_shard"}, "not implemented"),
-        ({"fsdp": "full_shard offload"}, "'offload' is known, but not implemented"),
         ({"fsdp": "no_shard"}, "leave fsdp out"),
         ({"fsdp": "fullshard"}, "unknown word 'fullshard'"),
-        ({"fsdp": True, "fsdp_config": {"cpu_offload": True}}, "cpu_offload: false"),
+        ({"fsdp": True, "fsdp_config": {"xla": True}}, "xla: false"),
         ({"fsdp": True, "fsdp_config": {"state_dict_type": "LOCAL_STATE_DICT"}}, "state_dict_type: not implemented"),
         ({"fsdp": True, "fsdp_config": {"reshard_afterforward": True}}, "did you mean 'reshard_after_forward'"),
         ({"fsdp": True, "fsdp_config": "no/such.json"}, "cannot be read"),

@@ -1,7 +1,8 @@
-"""`fsdp` and `fsdp_config`, as transformers and accelerate write them -> how a model is spread over the processes.
+"""`fsdp` and `fsdp_config`, or `deepspeed` -> how a model is spread over the processes.
 
-Names with and without the prefix `fsdp_` are read, and values of FSDP1 that mean something in FSDP2. What would change
-the run and is not implemented is an error; what only tunes FSDP1 is listed as having no effect.
+They are read as transformers and accelerate write them: names with and without the prefix `fsdp_`, values of FSDP1
+that mean something in FSDP2, ZeRO stages (`deepspeed.py`). What would change the run and is not implemented is an
+error; what only tunes another engine is listed as having no effect.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, Literal, cast
 
 from llamafactory.extras.errors import ConfigError, Problem
 from llamafactory.extras.suggest import did_you_mean
+from llamafactory.hparams.deepspeed import NOT_OFFLOADED, ZeroRequest, read_deepspeed
 from llamafactory.hparams.json_file import parse_json
 from llamafactory.hparams.run_config import RunConfig
 
@@ -22,6 +24,7 @@ _STRATEGIES = {"full_shard": True, "shard_grad_op": False, "1": True, "2": False
 _BOOLS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
 _WORDS: dict[str, dict[str, bool]] = {
     "full_shard": {"reshard_after_forward": True}, "shard_grad_op": {"reshard_after_forward": False}, "auto_wrap": {},
+    "offload": {},
 }  # fmt: skip
 """Words of `fsdp` -> fields of `Sharding`."""
 _NO_EFFECT = {
@@ -32,13 +35,17 @@ _NO_EFFECT = {
     "min_num_params": "each decoder block is a unit",
     "activation_checkpointing": "the plan recomputes where memory asks; disable_gradient_checkpointing decides",
     "cpu_ram_efficient_loading": "every process reads the weights, and keeps its share",
+    **dict.fromkeys(("offload", "cpu_offload", "offload_params"), NOT_OFFLOADED),
     **dict.fromkeys(
         ("backward_prefetch", "forward_prefetch", "limit_all_gathers", "use_orig_params", "sync_module_states"),
         "only FSDP1 reads it",
     ),
 }
-_ASKS_FOR_NOTHING = {"version": ("2",), "auto_wrap_policy": ("transformer_based_wrap",), "min_num_params": ("0",)}
-_OFF_ONLY = ("cpu_offload", "offload_params", "xla", "xla_fsdp_v2", "xla_fsdp_grad_ckpt", "xla_fsdp_settings")
+_ASKS_FOR_NOTHING = {
+    "version": ("2",), "auto_wrap_policy": ("transformer_based_wrap",), "min_num_params": ("0",),
+    "cpu_offload": ("false", "0", "no"), "offload_params": ("false", "0", "no"),
+}  # fmt: skip
+_OFF_ONLY = ("xla", "xla_fsdp_v2", "xla_fsdp_grad_ckpt", "xla_fsdp_settings")
 _FORMS = {"full_state_dict": "whole", "sharded_state_dict": "sharded"}
 _READ: dict[str, tuple[str, Mapping[str, Any], str]] = {
     "reshard_after_forward": ("reshard_after_forward", {**_STRATEGIES, **_BOOLS}, "true, false"),
@@ -58,12 +65,21 @@ class Sharding:
             the backward pass; False keeps them, for more memory and less traffic.
         weights: in checkpoints: `whole` as plain model files, or `sharded`, each process its part. An adapter and the
             result of a run are always whole.
-        without_effect: keys of `fsdp_config` that do nothing here -> why.
+        without_effect: keys of `asked_by` that do nothing here -> why.
+        asked_by: the option that asks for it.
+        zero: the DeepSpeed configuration that it comes from, if it does.
     """
 
     reshard_after_forward: bool = True
     weights: Literal["whole", "sharded"] = "whole"
     without_effect: Mapping[str, str] = field(default_factory=dict[str, str])
+    asked_by: Literal["fsdp", "deepspeed"] = "fsdp"
+    zero: ZeroRequest | None = None
+
+    @property
+    def words(self) -> str:
+        """How it is called in `fsdp`."""
+        return "full_shard" if self.reshard_after_forward else "shard_grad_op"
 
 
 def sharding_of(config: RunConfig) -> Sharding | None:
@@ -79,37 +95,54 @@ def sharding_of(config: RunConfig) -> Sharding | None:
 
 
 def check_sharding(config: RunConfig) -> Iterator[Problem]:
-    """What is wrong with `fsdp` and `fsdp_config`, and what cannot be combined with them."""
+    """What is wrong with `fsdp`, `fsdp_config` and `deepspeed`, and what cannot be combined with them."""
     if config.command != "train":
         return
     sharding, problems = _read(config)
     yield from problems
+    if config.train.fsdp_config and not problems and (sharding is None or sharding.zero):
+        yield Problem(key="fsdp_config", message="does nothing without fsdp", fix="fsdp: full_shard")
     if sharding is None:
-        if config.train.fsdp_config and not problems:
-            yield Problem(key="fsdp_config", message="does nothing without fsdp", fix="fsdp: full_shard")
         return
+    by = sharding.asked_by
     if config.train.fp16:
-        yield Problem(key="fp16", message="its loss scaling is not implemented with fsdp", fix="bf16: true")
+        yield Problem(key="fp16", message=f"its loss scaling is not implemented with {by}", fix="bf16: true")
     if config.train.optim == "adafactor":
         yield Problem(
-            key="optim", message="adafactor needs whole rows of a weight, and fsdp spreads them", fix="adamw_torch"
+            key="optim", message=f"adafactor needs whole rows of a weight, and {by} spreads them", fix="adamw_torch"
         )
     for key in ("do_predict", "predict_with_generate"):
         if getattr(config.train, key):
-            fix = "predict in a run of its own, from the output folder, without fsdp"
-            yield Problem(key=key, message="predictions need a whole model, and fsdp spreads it", fix=fix)
+            fix = f"predict in a run of its own, from the output folder, without {by}"
+            yield Problem(key=key, message=f"predictions need a whole model, and {by} spreads it", fix=fix)
     if config.model.use_reentrant_gc:
         message = "reentrant checkpointing does not gather weights again in the backward pass"
-        yield Problem(key="use_reentrant_gc", message=message, fix="use_reentrant_gc: false, with fsdp")
+        yield Problem(key="use_reentrant_gc", message=message, fix=f"use_reentrant_gc: false, with {by}")
     if config.train.stage not in STAGES:
         yield Problem(
-            key="fsdp",
+            key=by,
             message=f"not for stage {config.train.stage}, which samples answers from a whole model",
-            fix="remove fsdp; finetuning_type: lora needs less memory",
+            fix=f"remove {by}; finetuning_type: lora needs less memory",
         )
 
 
 def _read(config: RunConfig) -> tuple[Sharding | None, list[Problem]]:
+    zero, problems = read_deepspeed(config)
+    sharding, more = _read_fsdp(config)
+    if sharding is not None and config.train.deepspeed:
+        more.append(Problem(key="deepspeed", message="not beside fsdp: both spread the model", fix="remove one"))
+    if sharding is None and zero is not None and zero.stage:
+        sharding = Sharding(
+            reshard_after_forward=zero.stage == 3,
+            weights="whole" if zero.gathers_weights else "sharded",
+            without_effect=zero.without_effect,
+            asked_by="deepspeed",
+            zero=zero,
+        )
+    return sharding, [*problems, *more]
+
+
+def _read_fsdp(config: RunConfig) -> tuple[Sharding | None, list[Problem]]:
     problems: list[Problem] = []
     words = _words(config.train.fsdp)
     if words is None:
@@ -120,7 +153,7 @@ def _read(config: RunConfig) -> tuple[Sharding | None, list[Problem]]:
             read |= _WORDS[word]
         else:
             problems.append(_refused_word(word))
-    without_effect: dict[str, str] = {}
+    without_effect = {"offload": NOT_OFFLOADED} if "offload" in words else {}
     for key, value in _entries(config.train.fsdp_config, problems).items():
         text = str(value).strip().lower()
         field_name, values, allowed = _READ.get(key, ("", {}, ""))
@@ -172,7 +205,7 @@ def _entries(given: Mapping[str, Any] | str | None, problems: list[Problem]) -> 
 
 
 def _refused_word(word: str) -> Problem:
-    known = ("hybrid_shard", "hybrid_shard_zero2", "no_shard", "offload")
+    known = ("hybrid_shard", "hybrid_shard_zero2", "no_shard")
     message = f"'{word}' is known, but not implemented in this version" if word in known else f"unknown word '{word}'"
     fix = "leave fsdp out: every process then holds the whole model" if word == "no_shard" else "fsdp: full_shard"
     return Problem(key="fsdp", message=message, allowed="true, full_shard, shard_grad_op, auto_wrap", fix=fix)

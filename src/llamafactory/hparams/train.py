@@ -122,6 +122,10 @@ class TrainConfig(Section):
     fsdp_config: dict[str, Any] | str | None = option(
         None, "More of it, as transformers names it: a mapping, or a JSON file.", group=_SHARDING
     )
+    deepspeed: dict[str, Any] | str | None = option(
+        None, "A DeepSpeed configuration (mapping or JSON file); FSDP2 spreads what its ZeRO stage spreads.",
+        group=_SHARDING,
+    )  # fmt: skip
 
     output_dir: str | None = option(None, "Folder for weights, checkpoints, logs and reports.", group=_OUTPUT)
     overwrite_output_dir: bool = option(False, "Start anew in a folder that holds a run.", group=_OUTPUT)

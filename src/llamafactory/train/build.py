@@ -38,7 +38,7 @@ from llamafactory.train.rollout_parts import build_rollouts, parts_of
 from llamafactory.train.rows import ROWS
 from llamafactory.train.schedule import build_schedule
 from llamafactory.train.sharded_files import model_files
-from llamafactory.train.sharding import placed, shard_model
+from llamafactory.train.sharding import placed, say_sharding, shard_model
 from llamafactory.train.stage import Models, load_stage
 from llamafactory.train.step import StageModule
 from llamafactory.train.stream_feed import build_stream_feed
@@ -65,7 +65,11 @@ if TYPE_CHECKING:
 
 
 def start_accelerator(cfg: RunConfig, plan: ModelPlan) -> Accelerator:
-    """Starts accelerate for this process (alone or one of many) and seeds every generator."""
+    """Starts accelerate for this process (alone or one of many) and seeds every generator.
+
+    Raises:
+        ConfigError: the number of processes is not the one that the configuration counts on.
+    """
     from accelerate import Accelerator, InitProcessGroupKwargs
     from transformers import enable_full_determinism, set_seed
 
@@ -76,6 +80,7 @@ def start_accelerator(cfg: RunConfig, plan: ModelPlan) -> Accelerator:
         project_dir=cfg.train.output_dir,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=cfg.train.ddp_timeout))],
     )
+    say_sharding(cfg, accelerator.num_processes)
     if cfg.train.report_to:
         shown = {
             key: value for key, value in cfg.flat(mask_secrets=True).items() if isinstance(value, int | float | str)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from llamafactory.extras import log
+from llamafactory.extras.errors import ConfigError
+from llamafactory.hparams.deepspeed import read_deepspeed
 from llamafactory.hparams.sharding import sharding_of
 from llamafactory.model.shards import local_part, whole_value
 from llamafactory.model.skeleton import decoder_blocks
@@ -26,6 +28,36 @@ if TYPE_CHECKING:
     from llamafactory.hparams.sharding import Sharding
 
 
+def say_sharding(cfg: RunConfig, num_processes: int) -> None:
+    """Says how `fsdp` or `deepspeed` is carried out by this many processes, and what of it has no effect.
+
+    Raises:
+        ConfigError: `train_batch_size` of a DeepSpeed configuration is not what these processes take in a step.
+    """
+    zero, _ = read_deepspeed(cfg)
+    sharding = sharding_of(cfg)
+    if zero is not None and zero.train_batch_size is not None:
+        rows = cfg.train.per_device_train_batch_size * cfg.train.gradient_accumulation_steps * num_processes
+        if rows != zero.train_batch_size:
+            raise ConfigError(zero.refuse_batch(rows, num_processes))
+    if sharding is not None and num_processes == 1:
+        by = sharding.asked_by
+        log.note(
+            f"{by} has no effect: there is one process, and so nothing to spread (NPROC_PER_NODE sets the number)"
+        )
+        return
+    if zero is not None:
+        how = f"torch's FSDP2 ({sharding.words}) spreads the model" if sharding else "every process holds all of it"
+        log.info(f"deepspeed: {zero.name} asks for ZeRO stage {zero.stage}: {how}")
+    source = zero or sharding
+    keys: dict[str, list[str]] = {}
+    for key, why in (source.without_effect if source else {}).items():
+        keys.setdefault(why, []).append(key)
+    for why, names in keys.items():
+        verb = "has" if len(names) == 1 else "have"
+        log.note(f"{'deepspeed' if zero else 'fsdp_config'}: {', '.join(names)} {verb} no effect: {why}")
+
+
 def shard_model(cfg: RunConfig, module: nn.Module, policy: nn.Module, accelerator: Accelerator) -> ShardedModel | None:
     """Spreads a model as configured; None where that is not asked for, or there is one process.
 
@@ -36,10 +68,7 @@ def shard_model(cfg: RunConfig, module: nn.Module, policy: nn.Module, accelerato
         accelerator: of the run.
     """
     sharding = sharding_of(cfg)
-    if sharding is None:
-        return None
-    if accelerator.num_processes == 1:
-        log.note("fsdp has no effect: there is one process, and so nothing to spread (NPROC_PER_NODE sets the number)")
+    if sharding is None or accelerator.num_processes == 1:
         return None
     return ShardedModel(module, policy, accelerator, sharding)
 
@@ -83,11 +112,9 @@ class ShardedModel:
         self.keeps_weights_sharded = sharding.weights == "sharded" and not is_adapter
         self._policy = policy
         self._is_main = accelerator.is_main_process
-        for key, why in sharding.without_effect.items():
-            log.note(f"fsdp_config: {key} has no effect: {why}")
         shards = sum(local_part(parameter).numel() for parameter in module.parameters())
         log.info(
-            f"fsdp: {accelerator.num_processes} processes, this one holds {shards:,} of "
+            f"{sharding.asked_by}: {accelerator.num_processes} processes, this one holds {shards:,} of "
             f"{sum(parameter.numel() for parameter in module.parameters()):,} parameters"
         )
 
