@@ -31,7 +31,7 @@ def evaluate(job: Job, *, generates: bool = True) -> dict[str, float]:
         values |= {
             **{f"{prefix}_{name}": value for name, value in averages.items()},
             f"{prefix}_runtime": round(seconds, 4),
-            f"{prefix}_samples_per_second": round(len(feed.examples) / seconds, 3),
+            f"{prefix}_samples_per_second": round(feed.schedule.items_per_epoch / seconds, 3),
             f"{prefix}_steps_per_second": round(feed.schedule.windows_per_epoch / seconds, 3),
             f"{prefix}_supervised_tokens": float(num_targets),
         }

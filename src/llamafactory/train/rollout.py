@@ -56,6 +56,11 @@ class RolloutSchedule:
         """Optimizer steps of one pass over the prompts."""
         return self.prompts.windows_per_epoch * self.num_updates
 
+    @property
+    def items_per_epoch(self) -> int:
+        """Prompts of one pass."""
+        return self.prompts.items_per_epoch
+
     def total_windows(self, *, max_steps: int, num_epochs: float) -> int:
         """Optimizer steps of the whole run; a rollout is used up."""
         if max_steps > 0:

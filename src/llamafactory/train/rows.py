@@ -28,7 +28,7 @@ class Rows:
 
     Attributes:
         reader: `(table, seed, cutoff_len) -> (item -> rows)`.
-        sequences: `row -> examples`, each one sequence of tokens.
+        sequences: `row -> examples` that are trained, each one sequence of tokens.
         num_tokens: `(row, layout) -> tokens` of a forward pass over the row.
         num_units: `row -> units` that a step's loss is divided by: supervised tokens, or 1 for a row that is judged
             as a whole.
@@ -151,6 +151,7 @@ RANKED = replace(PAIRS, reader=_ranked, collate=collate_ranked)
 JUDGED = replace(
     PAIRS,
     reader=_judged,
+    sequences=lambda group: group.answers[:1],
     num_tokens=lambda group, layout: sum(len(answer) for answer in group.answers),
     collate=_collate_judged,
 )
