@@ -97,6 +97,14 @@ def test_keys_that_do_nothing_give_one_note(good: dict[str, Any]) -> None:
         assert part in note
 
 
+def test_a_rule_that_quotes_a_value_shows_no_secret(good: dict[str, Any]) -> None:
+    secret = "hf_" + "a1B2" * 8
+    resolution = resolve_config(good | {"model_name_or_path": f"https://me:{secret}@hub/m"})
+    (problem,) = resolution.problems
+    assert secret not in str(problem)
+    assert problem.message == "no such folder: https://********@hub/m"
+
+
 def test_the_note_names_every_stage_that_reads_a_key(good: dict[str, Any]) -> None:
     (note,) = resolve_config(good | {"ref_model_quantization_bit": 4, "pref_loss": "orpo"}).notes
     assert "ref_model_quantization_bit: only with stage: dpo or kto" in note

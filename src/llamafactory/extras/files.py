@@ -15,7 +15,11 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
     """Writes JSON so that a reader never sees half a file, not even after a loss of power."""
     staging = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        staging.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        content = json.dumps(document, indent=2, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # a file's name that is no UTF-8 holds halves of characters
+        content = json.dumps(document, indent=2).encode()
+    try:
+        staging.write_bytes(content + b"\n")
         fsync(staging)
         staging.replace(path)
     except BaseException:

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 from pydantic import ValidationError
 
 from llamafactory.extras.errors import ConfigError, Problem
-from llamafactory.extras.secrets import is_secret_key
+from llamafactory.extras.secrets import is_secret_key, mask_text
 from llamafactory.hparams.effects import keys_without_effect
 from llamafactory.hparams.names import Namespace, SortedKeys, merge_dotted
 from llamafactory.hparams.read import COMMAND_LINE, RawValue
@@ -132,7 +132,8 @@ def _with_origin(problem: Problem, given: Mapping[str, RawValue]) -> Problem:
     item = given.get(problem.key or "")
     if item is None:
         return problem
-    return replace(problem, origin=problem.origin or item.origin, given=problem.given or shown(item))
+    message = mask_text(problem.message)  # a rule may quote the value
+    return replace(problem, origin=problem.origin or item.origin, given=problem.given or shown(item), message=message)
 
 
 def _effect_notes(config: RunConfig, keys: SortedKeys) -> list[str]:

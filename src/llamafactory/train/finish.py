@@ -20,6 +20,7 @@ from accelerate.state import AcceleratorState
 from llamafactory.extras import failpoints, log
 from llamafactory.extras.errors import LlamaFactoryError, SaveError
 from llamafactory.extras.files import fsync, write_json
+from llamafactory.extras.secrets import mask_text
 from llamafactory.model.shards import WEIGHT_SHARDS, read_whole
 from llamafactory.train import memory_use
 from llamafactory.train.build import require_trainable, trainable_report
@@ -124,7 +125,7 @@ class RunRecord:
             self.write_end(accelerator, summary, state="interrupted", key="summary")
             raise
         except BaseException as error:
-            self.write_end(accelerator, f"{type(error).__name__}: {str(error)[:500]}")
+            self.write_end(accelerator, f"{type(error).__name__}: {mask_text(str(error))[:500]}")
             raise
         finally:
             _close_trackers(accelerator)
@@ -222,8 +223,8 @@ def write_outcome(
 @contextmanager
 def _saving(job: Job) -> Iterator[None]:
     """Turns a full or broken disk at the end of a run into an honest end."""
-    failpoints.visit("final")
     try:
+        failpoints.visit("final")
         yield
     except Exception as error:
         if not is_disk_fault(error):
@@ -300,20 +301,22 @@ def _write_final_weights(job: Job, best: Path | None, write: Callable[[Path], No
     """Writes beside, then moves file by file, so that no file in the folder is ever half."""
     staging = job.output_dir / f".staging-final-{os.getpid()}"
     staging.mkdir(parents=True)
-    if write is not None:
-        write(staging)
-    elif best is not None:
-        for path in sorted(best.iterdir()):
-            if path.name == WEIGHT_SHARDS:
-                job.model_files.write_whole(staging, read_whole(path))
-            elif path.name not in {MANIFEST, *TRAINING_FILES}:
-                shutil.copyfile(path, staging / path.name)
-    for path in sorted(staging.iterdir()):
-        fsync(path)
-    for path in sorted(staging.iterdir()):
-        path.replace(job.output_dir / path.name)
-    staging.rmdir()
-    fsync(job.output_dir)
+    try:
+        if write is not None:
+            write(staging)
+        elif best is not None:
+            for path in sorted(best.iterdir()):
+                if path.name == WEIGHT_SHARDS:
+                    job.model_files.write_whole(staging, read_whole(path))
+                elif path.name not in {MANIFEST, *TRAINING_FILES}:
+                    shutil.copyfile(path, staging / path.name)
+        for path in sorted(staging.iterdir()):
+            fsync(path)
+        for path in sorted(staging.iterdir()):
+            path.replace(job.output_dir / path.name)
+        fsync(job.output_dir)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)  # a full disk has no room for what is half
 
 
 def _write_reports(

@@ -7,12 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llamafactory.extras import log
+
 
 def plot_curves(output_dir: Path, history: Sequence[Mapping[str, Any]]) -> list[Path]:
     """Draws `training_<key>.png` for losses, accuracies and rewards that the log holds.
 
     Returns:
-        The files written; a curve of fewer than two points is not drawn. Characters of a key that a file's name cannot
+        The files written; a curve of fewer than two points is not drawn, and one that cannot be drawn, whatever the
+        reason, is a warning: the training that it shows is done. Characters of a key that a file's name cannot
         have everywhere (a reward may be a pattern) become `_`, and names that are the same then get a number.
     """
     keys = dict.fromkeys(key for row in history for key in row if _is_drawn(key))
@@ -20,7 +23,12 @@ def plot_curves(output_dir: Path, history: Sequence[Mapping[str, Any]]) -> list[
     for key in keys:
         points = [(row["current_steps"], row[key]) for row in history if key in row]
         if len(points) > 1:
-            written.append(_draw(_free_path(output_dir, key, written), key, points))
+            path = _free_path(output_dir, key, written)
+            try:
+                written.append(_draw(path, key, points))
+            except Exception as error:  # a library's own code, fonts, a full disk
+                path.unlink(missing_ok=True)
+                log.warn(f"{path} cannot be drawn ({type(error).__name__}: {error})")
     return written
 
 
