@@ -55,6 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code = _run(name, words[1:])
         sys.stdout.flush()
+        if argv is None and name == "train":
+            from llamafactory.train.signals import ignore_signals
+
+            ignore_signals()
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -184,4 +184,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    _code = main()
+    from llamafactory.train.signals import ignore_signals
+
+    ignore_signals()
+    sys.exit(_code)

@@ -8,14 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 
-def start(repo_dir: Path, words: list[str]) -> subprocess.Popen[str]:
+def start(repo_dir: Path, words: list[str], program: Sequence[str] = ("-m", "llamafactory")) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "llamafactory", "train", *words],
+        [sys.executable, *program, "train", *words],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -97,3 +98,17 @@ def test_ctrl_c_under_torchrun_saves_and_tells_the_truth(repo_dir, words, tmp_pa
     [checkpoint] = (tmp_path / "out").glob("checkpoint-*")
     assert last.startswith("stopped by SIGINT after step ")
     assert last.endswith(f"saved in {checkpoint}; the same command continues")
+
+
+def test_a_signal_while_a_finished_run_shuts_down_leaves_its_exit_code(repo_dir, words, tmp_path):
+    """The interpreter takes a second here to shut down; with trackers and GPUs it may take longer."""
+    late = (
+        "import atexit, sys, time; atexit.register(lambda: (print('shutting down', file=sys.stderr), time.sleep(1)))"
+    )
+    code = f"{late}; import runpy; runpy.run_module('llamafactory', run_name='__main__')"
+    process = start(repo_dir, [*words, "max_steps=2"], program=["-c", code])
+    lines = wait_for(process, "shutting down")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert lines[-2].startswith("done: 2 steps")

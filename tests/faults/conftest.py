@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -81,5 +82,5 @@ def tally(request: pytest.FixtureRequest) -> Iterator[Tally]:
     yield counts
     if counts.runs:
         path = Path(request.config.rootpath) / "build" / "faults.json"
-        counts.write(path)
+        counts.write(path, os.environ.get("PYTEST_XDIST_TESTRUNUID") or str(os.getpid()))
         print(f"\nfaults: {counts} ({path})")

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -109,6 +110,15 @@ class Run:
         assert not silent, f"the run never came to {silent}\n{self.text[-3000:]}"
         return code
 
+    def hear_signals(self) -> None:
+        """Waits until the process catches SIGTERM: one that comes before ends it as any program that begins."""
+        until = time.monotonic() + PATIENCE
+        while self.poll() is None and time.monotonic() < until:
+            caught = re.search(r"^SigCgt:\s*(\w+)", Path(f"/proc/{self.pid}/status").read_text(), re.MULTILINE)
+            if caught and int(caught[1], 16) >> (signal.SIGTERM - 1) & 1:
+                return
+            time.sleep(0.002)
+
     def kill(self) -> bool:
         """kill -9; whether it came before the run had ended by itself."""
         if self.poll() is None:
@@ -203,12 +213,20 @@ class Tally:
         self.stops += 1
         self.bit_equal += 1
 
-    def write(self, path: Path) -> None:
-        """Writes the counts as JSON."""
-        document = {"runs": self.runs, "kills_survived": self.kills, "signals_obeyed": self.stops,
+    def write(self, path: Path, session: str) -> None:
+        """Writes the counts as JSON; those of other test processes of the same session are added."""
+        import fcntl
+
+        document = {"session": session, "runs": self.runs, "kills_survived": self.kills, "signals_obeyed": self.stops,
                     "bit_equal": self.bit_equal, "rows_lost": self.rows_lost, "cells": self.cells}  # fmt: skip
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(document, indent=1) + "\n")
+        with path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            found = json.loads(path.read_text()) if path.exists() else {}
+            if found.get("session") == session:
+                document |= {key: value + found[key] for key, value in document.items() if isinstance(value, int)}
+                document["cells"] = {**found["cells"], **self.cells}  # the tests of a file share one process
+            path.write_text(json.dumps(document, indent=1) + "\n")
 
     def __str__(self) -> str:
         """One line."""

@@ -112,7 +112,8 @@ def at_random(place: Place, reference: Outcome, tally: Tally, count: int, seed: 
     hits = 0
     for number in range(5 * count):
         run = place.begin(f"stopped-{number}")
-        run.poll(rng.uniform(0.15, span))
+        run.hear_signals()
+        run.poll(rng.uniform(0.0, span))
         hits += stop_and_continue(place, reference, tally, f"stopped-{number}", rng.choice(list(CODES)), run)
         if hits == count:
             return

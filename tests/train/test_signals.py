@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -18,10 +19,10 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 
 
 @pytest.fixture
-def ended(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, str]]]:
-    """Collects what would have ended the process."""
-    found: list[tuple[int, str]] = []
-    monkeypatch.setattr(signals, "_end", lambda code, line: found.append((code, line)))
+def ended(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """Collects what would have ended the process: exit code and last line, or the code where nothing is said."""
+    found: list[Any] = []
+    monkeypatch.setattr(signals, "_end", lambda *said: found.append(said[0] if len(said) == 1 else said))
     yield found
     assert StopRequest._active is None
     timers = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
@@ -43,7 +44,7 @@ def test_before_there_is_something_to_save_a_signal_unwinds(number: signal.Signa
     assert signal.getsignal(number) is before
 
 
-def test_afterwards_it_sets_a_flag_and_a_second_one_ends(ended: list[tuple[int, str]], monkeypatch) -> None:
+def test_afterwards_it_sets_a_flag_and_a_second_one_ends(ended: list[Any], monkeypatch) -> None:
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     with StopRequest() as stop:
         stop.defer()
@@ -57,7 +58,7 @@ def test_afterwards_it_sets_a_flag_and_a_second_one_ends(ended: list[tuple[int, 
     assert ended == [(130, "stopped at once by a second SIGINT: nothing was saved")]
 
 
-def test_the_echo_of_torchrun_is_no_second_signal(ended: list[tuple[int, str]], monkeypatch) -> None:
+def test_the_echo_of_torchrun_is_no_second_signal(ended: list[Any], monkeypatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "0")
     with StopRequest() as stop:
         stop.defer()
@@ -69,7 +70,7 @@ def test_the_echo_of_torchrun_is_no_second_signal(ended: list[tuple[int, str]], 
     assert [code for code, _ in ended] == [143]
 
 
-def test_save_grace_ends_a_run_that_does_not_save(ended: list[tuple[int, str]], capfd) -> None:
+def test_save_grace_ends_a_run_that_does_not_save(ended: list[Any], capfd) -> None:
     with StopRequest(grace=0.05) as stop:
         stop.defer()
         os.kill(os.getpid(), signal.SIGTERM)
@@ -79,7 +80,7 @@ def test_save_grace_ends_a_run_that_does_not_save(ended: list[tuple[int, str]], 
     assert "test_signals.py" in capfd.readouterr().err  # where it stood
 
 
-def test_a_save_that_has_begun_is_not_hurried(ended: list[tuple[int, str]]) -> None:
+def test_a_save_that_has_begun_is_not_hurried(ended: list[Any]) -> None:
     with StopRequest(grace=3600) as stop:
         stop.defer()
         os.kill(os.getpid(), signal.SIGTERM)
@@ -88,6 +89,27 @@ def test_a_save_that_has_begun_is_not_hurried(ended: list[tuple[int, str]]) -> N
         assert timer is not None
         timer.join(60)
     assert not ended
+
+
+def test_a_signal_in_the_last_save_is_not_hurried_either(ended: list[Any]) -> None:
+    with StopRequest(grace=0.01) as stop:
+        stop.defer()
+        stop.in_time()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signal == signal.SIGTERM
+        assert stop._timer is None
+    assert not ended
+
+
+def test_after_the_last_line_one_signal_changes_nothing_and_two_end_with_its_code(ended: list[Any], capfd) -> None:
+    with StopRequest() as stop:
+        stop.defer()
+        stop.over(7)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert not ended
+        os.kill(os.getpid(), signal.SIGINT)
+    assert ended == [7]
+    assert not capfd.readouterr().err
 
 
 def test_a_hangup_is_ignored() -> None:

@@ -1,8 +1,8 @@
 """Asks a run to stop: the first SIGINT, SIGTERM or SIGUSR1 saves and stops, the second one stops at once.
 
 Handlers do almost nothing. Before the training loop there is nothing to save, so a signal ends the run there and then;
-inside the loop it sets a flag, and the main thread saves at the next micro-batch. SIGHUP is ignored: a closed terminal
-does not stop a run.
+inside the loop it sets a flag, and the main thread saves at the next micro-batch. Once the last line is said, a signal
+changes nothing: the exit code is that of the line. SIGHUP is ignored: a closed terminal does not stop a run.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ class StopRequest:
         self.signal = 0
         self.grace = grace
         self._previous: dict[int, object] = {}
-        self._is_deferred = False
+        self._is_deferred = self._is_saving = False
+        self._end_code: int | None = None
         self._since = 0.0
         self._timer: threading.Timer | None = None
 
@@ -102,21 +103,33 @@ class StopRequest:
             raise StopSignal(self.signal)
 
     def in_time(self) -> None:
-        """Says that the save has begun: from here the disk decides how long it takes."""
+        """Says that the last save has begun: from here the disk decides how long it takes, whatever signal follows."""
+        self._is_saving = True
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
+    def over(self, exit_code: int) -> None:
+        """Says that the last line is said: one signal more changes nothing, two end the process with `exit_code`."""
+        self.in_time()
+        self.signal, self._end_code = 0, exit_code
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._end_code is not None:
+            if self.signal:
+                _end(self._end_code)
+            self.signal = number
+            return
         if self.signal:
             if "LOCAL_RANK" in os.environ and time.monotonic() - self._since < _ECHO_SECONDS:
                 return
             _end(exit_code_of(number), f"stopped at once by a second {signal.Signals(number).name}: nothing was saved")
             return
         self.signal, self._since = number, time.monotonic()
-        self._timer = threading.Timer(self.grace, self._too_late)
-        self._timer.daemon = True
-        self._timer.start()
+        if not self._is_saving:
+            self._timer = threading.Timer(self.grace, self._too_late)
+            self._timer.daemon = True
+            self._timer.start()
         if not self._is_deferred:
             raise StopSignal(number)
         log.warn(f"{signal.Signals(number).name}: saving, then stopping (once more stops at once, without saving)")
@@ -130,10 +143,16 @@ class StopRequest:
         _end(EXIT_NOT_SAVED, f"error: no save within save_grace ({self.grace:g} s); the checkpoint before is whole")
 
 
-def _end(code: int, line: str) -> None:
+def ignore_signals() -> None:
+    """What comes while the interpreter of a finished run shuts down shall not change its exit code."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _end(code: int, line: str = "") -> None:
     """Ends the process where it stands. Files that are half written lie in a staging folder, which nobody reads."""
     try:
-        os.write(2, f"{line}\n".encode())
+        os.write(2, f"{line}\n".encode() if line else b"")
     except OSError:
         pass
     sys.stderr = None

@@ -129,4 +129,6 @@ def _run(cfg: RunConfig, claim: Claim, stop: StopRequest) -> RunResult:
                 if needs_rehearsal(plan):
                     rehearse(job, plan)
             result = fit(job, stop) if cfg.train.do_train else None
-            return finish.write_outcome(cfg, job, record, result, plan, peak)
+            outcome = finish.write_outcome(cfg, job, record, result, plan, peak)
+            stop.over(outcome.exit_code)
+            return outcome
