@@ -101,3 +101,41 @@ def test_it_loads_no_torch(run_folder, repo_dir):
         env=os.environ | {"PYTHONPATH": str(repo_dir / "src")},
     )  # fmt: skip
     assert done.stdout.rstrip().endswith("False")
+
+
+def test_prune_never_removes_what_is_intact_in_favour_of_what_is_not(run_folder, capsys):
+    (run_folder / "checkpoint-4" / "adapter_model.safetensors").write_bytes(b"0" * 99 + b"1")
+    for dry in (["--dry-run"], []):
+        assert main(["runs", "prune", str(run_folder), "--keep", "1", *dry]) == 0
+        assert "0 of 2 checkpoints" in capsys.readouterr().out
+    assert (run_folder / "checkpoint-2").is_dir()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '"x"', '{"config": []}', "[" * 9999])
+def test_a_run_whose_record_is_damaged_is_shown_as_such(run_folder, tmp_path, capsys, content):
+    (run_folder / "run.json").write_text(content)
+    assert main(["runs", "list", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.startswith("damaged ")
+    assert main(["runs", "show", str(run_folder)]) == 0
+    text = capsys.readouterr().out
+    assert "why          run.json " in text
+    assert "checkpoint-4, 0.0 MB, whole" in text
+    assert "continue" not in text
+    assert main(["runs", "verify", str(run_folder)]) == 1
+    assert "checkpoint-4: intact" in capsys.readouterr().out
+    assert main(["runs", "prune", str(run_folder), "--keep", "1"]) == 1
+    assert (run_folder / "checkpoint-2").is_dir()
+
+
+@pytest.mark.parametrize("row", ['{"loss": "x"}', '{"current_steps": null}', '{"total_steps": "9"}', "[1]", "7"])
+def test_a_line_that_is_no_row_breaks_nothing(run_folder, tmp_path, capsys, row):
+    with (run_folder / "trainer_log.jsonl").open("a") as log:
+        log.write(f"\n{row}\n")
+    for action in ("list", "show"):
+        assert main(["runs", action, str(run_folder)]) == 0
+        assert "5/9" in capsys.readouterr().out
+
+
+def test_a_folder_that_is_not_there_is_no_empty_list(tmp_path, capsys):
+    assert main(["runs", "list", str(tmp_path / "nowhere")]) == 2
+    assert "no such folder" in capsys.readouterr().err

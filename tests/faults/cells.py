@@ -36,6 +36,8 @@ CELLS: dict[str, dict[str, str]] = {
     "dpo lora, streamed": {**STREAMED, "stage": "dpo", "dataset": "pairs"},
     "grpo lora": GRPO,
     "grpo lora, two passes over each rollout": {**GRPO, "grpo_epochs": "2", "save_steps": "1"},
+    "sft full, adafactor in pure bf16": {"finetuning_type": "full", "pure_bf16": "true", "optim": "adafactor"},
+    "sft lora and norms in full, bf16": {"additional_target": "norm,embed_tokens", "bf16": "true"},
     "sft lora padded, cosine": {"flash_attn": "disabled", "lr_scheduler_type": "cosine", "warmup_ratio": "0.2"},
 }  # fmt: skip
 _PAIR = {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"}

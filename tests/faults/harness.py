@@ -156,7 +156,7 @@ class Outcome:
     """What must be the same with and without faults.
 
     Attributes:
-        losses: step and loss as hex, evaluations too, from `trainer_log.jsonl`.
+        losses: step and loss as hex, evaluations too, from `trainer_log.jsonl`; as step 0 the mean of the whole run.
         weights: name and sha256 of the final safetensors files.
         rows: rows of each step that was begun last.
     """
@@ -175,6 +175,8 @@ def outcome_of(folder: Path, trace: Path) -> Outcome:
         for key in row
         if key == "loss" or key.startswith("eval_")
     ]
+    if "train_loss" in (results := json.loads((folder / "train_results.json").read_text())):
+        losses.append((0, "train_loss", float(results["train_loss"]).hex()))
     weights = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.safetensors")}
     return Outcome(losses=losses, weights=weights, rows=rows_of(trace)[1])
 

@@ -30,7 +30,11 @@ def test_a_step_that_is_not_finite_leaves_the_weights_of_the_step_before(place):
     ]
     assert weights[0] == weights[1]
     assert json.loads((place.folder / "nan" / "run.json").read_text())["state"] == "failed"
-    assert place.finish("nan") == reference
+    again = place.begin("nan", "on_nan=skip:1", fault="step:1:nan")  # as the message says
+    assert again.wait() == 0, again.text[-2000:]
+    assert "step 6 is left out, because it is not finite (1 of at most 1)" in again.text
+    assert place.begin("nan again", fault="step:6:nan").wait() == 1
+    assert place.finish("nan again") == reference
 
 
 def test_a_step_that_is_not_finite_can_be_left_out(place):
@@ -92,12 +96,16 @@ def test_the_whole_path_in_a_folder_with_a_space_and_an_umlaut(make_place):
 
 
 def test_a_changed_configuration_is_shown_and_may_be_allowed(place):
-    assert place.begin("changed", fault="step:5:kill").wait() == -9
+    assert place.begin("changed", "async_save=false", fault="step:5:kill").wait() == -9
     run = place.begin("changed", "learning_rate=3e-3")
     assert run.wait() == 2
     assert "learning_rate 0.01 -> 0.003" in run.text
     assert "--allow-change learning_rate" in run.text
     assert place.begin("changed", "learning_rate=3e-3", "--allow-change", "learning_rate").wait() == 0
+    log = [json.loads(line) for line in (place.folder / "changed" / "trainer_log.jsonl").read_text().splitlines()]
+    rates = {row["current_steps"]: row["lr"] for row in log if "lr" in row}
+    assert rates[4] == pytest.approx(1e-2 * 18 / 21)
+    assert rates[5] == pytest.approx(3e-3 * 17 / 21)
     assert place.begin("harmless", fault="step:5:kill").wait() == -9
     assert place.begin("harmless", "save_steps=3", "logging_steps=2").wait() == 0
 

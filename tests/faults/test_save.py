@@ -62,6 +62,23 @@ def test_a_kill_after_the_rename_or_while_an_old_one_goes_leaves_the_new_one(pla
     survives(place, reference, "save.prune:1:kill", "pruned", ["checkpoint-4", "checkpoint-6"])
 
 
+def test_a_kill_while_the_result_is_written_changes_nothing_of_it(place, reference):
+    for moment in (1, 2):
+        assert place.begin("late", fault=f"final:{moment}:kill").wait() == -9
+    assert place.finish("late") == reference
+
+
+def test_a_run_that_goes_back_to_an_older_checkpoint_keeps_what_it_writes_then(place, reference):
+    assert place.begin("back", "async_save=false", "save_total_limit=9", fault="step:8:kill").wait() == -9
+    back = [f"resume_from_checkpoint={place.folder / 'back' / 'checkpoint-2'}", "async_save=false", "save_steps=1"]
+    assert place.begin("back", *back, fault="step:3:kill").wait() == -9  # after checkpoint-4, whose name was taken
+    assert names(place.folder / "back") == ["checkpoint-3", "checkpoint-4"]
+    run = place.begin("back")
+    assert run.wait() == 0
+    assert "continuing checkpoint-4" in run.text
+    assert place.outcome("back") == reference
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("fault", IN_A_SAVE[:-1])
 def test_a_kill_at_every_file_of_a_save(place, reference, fault):

@@ -61,6 +61,26 @@ def test_additional_targets_are_trained_in_full_and_saved(base, tmp_path):
     assert any(name.endswith("model.norm.weight") for name in load_file(tmp_path / "adapter_model.safetensors"))
 
 
+def test_what_is_trained_in_full_is_not_rounded_to_the_dtype_of_the_base(tiny_config, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    def load():
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(tiny_config(), dtype=torch.bfloat16)
+
+    options = lora.Options(additional_target=("norm",))
+    model = lora.apply(load(), options, adapters=(), trainable=True)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float() + torch.rand(parameter.shape) / 3
+    model.save_pretrained(tmp_path)
+    again = lora.apply(load(), options, adapters=(tmp_path,), trainable=True)
+    values = dict(model.named_parameters())
+    trained = [(name, one) for name, one in again.named_parameters() if one.requires_grad]
+    assert any("modules_to_save" in name for name, _ in trained)
+    assert all(torch.equal(one, values[name]) for name, one in trained)
+
+
 def make_adapter(tiny_config, folder, seed):
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(tiny_config(), dtype=torch.float32)

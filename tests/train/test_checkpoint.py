@@ -7,19 +7,24 @@ import json
 import os
 import random
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 
 from llamafactory.extras.errors import LlamaFactoryError, SaveError
+from llamafactory.hparams.train import LrScheduler, TrainConfig
 from llamafactory.train.checkpoint import random_state
-from llamafactory.train.checkpoint.folders import list_checkpoints, newest_checkpoint, point
+from llamafactory.train.checkpoint.folders import list_checkpoints, newest_checkpoint, point, prune
 from llamafactory.train.checkpoint.manifest import find_fault
 from llamafactory.train.checkpoint.saver import Retention, SavePlan, Saver, publish, require_room
 from llamafactory.train.checkpoint.snapshot import Snapshot, restore_training
 from llamafactory.train.checkpoint.state import RunState, load_state
-from llamafactory.train.checkpoint.tensors import host_copy, optimizer_state
+from llamafactory.train.checkpoint.tensors import host_copy, load_optimizer, optimizer_state
+from llamafactory.train.loop import _plain
+from llamafactory.train.optim import build_optimizer
+from llamafactory.train.schedule import build_schedule, go_on
 
 STATE = RunState(
     run_id="a", step=3, epoch=0.5, scheduler={"last_epoch": 3, "_last_lr": [0.1]}, log_history=[{"loss": 1.5}],
@@ -54,10 +59,10 @@ def snapshot_of(state, optimizer=None, write=write_model):
     )
 
 
-def save(tmp_path, step=3, optimizer=None, limit=None, run_id="a", **changes):
+def save(tmp_path, step=3, optimizer=None, limit=None, run_id="a", times_continued=0, **changes):
     state = dataclasses.replace(STATE, step=step, run_id=run_id, **changes)
     retention = Retention(limit=limit, keeps_best=bool(state.best))
-    plan = SavePlan(output_dir=tmp_path, retention=retention)
+    plan = SavePlan(output_dir=tmp_path, retention=retention, facts={"times_continued": times_continued})
     return publish(plan, snapshot_of(state, optimizer or make_optimizer()))[0]
 
 
@@ -81,6 +86,67 @@ def test_state_optimizer_and_random_numbers_come_back(tmp_path):
     assert (found[1] == expected[1]).all()
     assert found[2:] == expected[2:]
     assert [group["weight_decay"] for group in other.param_groups] == [0.1, 0.01]
+
+
+OPTIMIZERS = get_args(TrainConfig.model_fields["optim"].annotation)
+
+
+@pytest.mark.parametrize(
+    ("optim", "kind", "dtype"),
+    [(optim, kind, torch.float32) for optim in OPTIMIZERS for kind in get_args(LrScheduler)]
+    + [(optim, "linear", torch.bfloat16) for optim in OPTIMIZERS],
+)
+def test_each_optimizer_and_schedule_goes_on_as_if_nothing_had_been(optim, kind, dtype):
+    kwargs = {"min_lr_rate": 0.1} if "min_lr" in kind else {"num_cycles": 3} if "restarts" in kind else None
+    cfg = TrainConfig(
+        optim=optim, lr_scheduler_type=kind, lr_scheduler_kwargs=kwargs, warmup_steps=2, weight_decay=0.1,
+        learning_rate=0.02,
+    )  # fmt: skip
+
+    def begin():
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 3).to(dtype)
+        optimizer = build_optimizer(model, cfg, device="cpu")
+        return model, optimizer, build_schedule(optimizer, cfg, total_steps=12)
+
+    def train(model, optimizer, schedule, count):
+        for _ in range(count):
+            take_steps(optimizer, 1)
+            schedule.step()
+        return [parameter.detach().clone() for parameter in model.parameters()]
+
+    whole = begin()
+    train(*whole, 5)
+    saved, rates = optimizer_state(whole[1]), _plain(whole[2].state_dict())
+    weights, state = [parameter.detach().clone() for parameter in whole[0].parameters()], torch.get_rng_state()
+    expected = train(*whole, 5)
+    again = begin()
+    for parameter, value in zip(again[0].parameters(), weights, strict=True):
+        parameter.data = value
+    load_optimizer(again[1], saved)
+    go_on(again[2], rates)
+    torch.set_rng_state(state)
+    assert all(torch.equal(found, wanted) for found, wanted in zip(train(*again, 5), expected, strict=True))
+
+
+def test_changed_options_of_the_optimizer_count_and_the_schedule_keeps_its_step():
+    def begin(**options):
+        cfg = TrainConfig(optim="adamw_torch", **options)
+        optimizer = build_optimizer(torch.nn.Linear(4, 3), cfg, device="cpu")
+        return optimizer, build_schedule(optimizer, cfg, total_steps=10)
+
+    old, rates = begin(learning_rate=1.0, weight_decay=0.1)
+    for _ in range(4):
+        old.step()
+        rates.step()
+    new, schedule = begin(learning_rate=0.1, weight_decay=0.3)
+    load_optimizer(new, optimizer_state(old))
+    go_on(schedule, _plain(rates.state_dict()))
+    assert [group["weight_decay"] for group in new.param_groups] == [0.3, 0.0]
+    assert [group["lr"] for group in new.param_groups] == schedule.get_last_lr() == [0.1 * 0.6] * 2
+    new.step()
+    schedule.step()
+    assert schedule.get_last_lr() == [0.1 * 0.5] * 2
 
 
 def test_a_restored_optimizer_takes_the_same_steps(tmp_path):
@@ -274,6 +340,42 @@ def test_the_limit_removes_own_checkpoints_only(tmp_path):
     for step in (1, 2, 3):
         save(tmp_path, step=step, limit=2)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-3", "checkpoint-1000"]
+
+
+def names_in(folder):
+    return [path.name for path in list_checkpoints(folder)]
+
+
+def test_what_is_written_later_is_newer_than_what_has_more_steps(tmp_path):
+    for step in (2, 4, 6):
+        save(tmp_path, step=step)
+    save(tmp_path, step=3, times_continued=1)  # the run went on from checkpoint-2
+    assert newest_checkpoint(tmp_path, "a") == tmp_path / "checkpoint-3"
+    save(tmp_path, step=4, times_continued=1, limit=2)
+    assert names_in(tmp_path) == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_a_damaged_checkpoint_takes_no_place_of_an_intact_one(tmp_path):
+    for step in (2, 4, 6):
+        damaged = save(tmp_path, step=step)
+    (damaged / "weights.safetensors").unlink()
+    prune(tmp_path, "a", 1)
+    assert names_in(tmp_path) == ["checkpoint-4", "checkpoint-6"]
+    assert newest_checkpoint(tmp_path, "a") == tmp_path / "checkpoint-4"
+
+
+def test_a_checkpoint_of_another_run_with_the_same_step_is_put_aside(tmp_path, capsys):
+    save(tmp_path, step=3, run_id="0123456789ab")
+    ours = save(tmp_path, step=3)
+    assert newest_checkpoint(tmp_path, "a") == ours
+    assert find_fault(tmp_path / "checkpoint-3-of-01234567") is None
+    assert "is now checkpoint-3-of-01234567" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_a_later_version_is_named(tmp_path):
+    manifest = save(tmp_path) / "MANIFEST.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 99}))
+    assert find_fault(manifest.parent) == "MANIFEST.json has format 99, and this version reads up to 2"
 
 
 def test_weights_alone_cannot_be_resumed(tmp_path):

@@ -40,6 +40,7 @@ def test_as_many_as_allowed_are_left_out():
     assert guard.num_skipped == 2
     with pytest.raises(NotFiniteError):
         guard.admits(4, value("nan"), value(1), module)
+    assert guard.num_skipped == 2  # the step that stops the run was not left out
 
 
 def test_without_clipping_the_norm_is_computed():

@@ -9,6 +9,8 @@ import pytest
 
 from llamafactory.extras.errors import ConfigError, LlamaFactoryError
 from llamafactory.train import loop
+from llamafactory.train.checkpoint.manifest import seal
+from llamafactory.train.output_dir import claim_output_dir, clear_replaced_run
 from llamafactory.train.tuner import run_exp
 
 
@@ -145,3 +147,128 @@ def test_weights_only_checkpoints_say_that_they_end_here(train_config, monkeypat
     monkeypatch.setattr(loop._Run, "train_step", interrupted)
     result = run_exp(train_config(save_only_model=True))
     assert result.summary.endswith(f"{Path('out', 'checkpoint-1')}; weights only, so it cannot be continued")
+
+
+@pytest.fixture
+def write_run(train_config):
+    """Writes a folder as a run of the usual configuration leaves it; returns the folder."""
+
+    def write(folder, *, run_id="a", steps=(2, 4), state="running", **changes):
+        cfg = train_config(**changes)
+        folder.mkdir(parents=True, exist_ok=True)
+        record = {"format": 1, "run_id": run_id, "state": state, "config": cfg.flat(), "given": cfg.given_keys()}
+        (folder / "run.json").write_text(json.dumps(record))
+        for step in steps:
+            write_checkpoint(folder / f"checkpoint-{step}", run_id)
+        return folder
+
+    return write
+
+
+def write_checkpoint(folder, run_id):
+    folder.mkdir()
+    (folder / "trainer_state.json").write_text("{}")
+    seal(folder, {"run_id": run_id})
+
+
+def test_a_checkpoint_that_was_copied_into_a_young_run_is_not_removed(write_run, train_config, tmp_path):
+    folder = write_run(tmp_path / "out", steps=())
+    write_checkpoint(folder / "checkpoint-500", "b")
+    with pytest.raises(
+        ConfigError, match=r"no checkpoint of this run, but of another one \(checkpoint-500\)"
+    ) as caught:
+        claim_output_dir(train_config())
+    assert f"resume_from_checkpoint={folder / 'checkpoint-500'}" in str(caught.value)
+    claim = claim_output_dir(train_config(resume_from_checkpoint=str(folder / "checkpoint-500")))
+    assert (claim.run_id, claim.resume_from) == ("a", folder / "checkpoint-500")
+    assert not claim.replaces
+
+
+def test_a_replaced_run_takes_only_its_own_checkpoints_with_it(write_run, train_config, tmp_path, capsys):
+    folder = write_run(tmp_path / "out")
+    write_checkpoint(folder / "checkpoint-500", "b")
+    claim = claim_output_dir(train_config(overwrite_output_dir=True))
+    said = capsys.readouterr().err
+    assert "holds an unfinished run up to checkpoint-500: overwrite_output_dir starts anew, and removes it" in said
+    clear_replaced_run(claim)
+    assert [path.name for path in folder.iterdir()] == ["checkpoint-500"]
+
+
+def test_a_checkpoint_from_elsewhere_does_not_overwrite_a_run(write_run, train_config, tmp_path):
+    write_run(tmp_path / "out", run_id="a", state="finished")
+    source = str(write_run(tmp_path / "source", run_id="b") / "checkpoint-4")
+    with pytest.raises(ConfigError, match="holds another run than that of"):
+        claim_output_dir(train_config(resume_from_checkpoint=source))
+    claim = claim_output_dir(train_config(resume_from_checkpoint=source, overwrite_output_dir=True))
+    assert claim.replaces
+    other = str(tmp_path / "new")
+    claim = claim_output_dir(train_config(resume_from_checkpoint=source, output_dir=other))
+    assert (claim.run_id, claim.replaces, claim.record is None) == ("b", False, False)
+    write_run(tmp_path / "new", run_id="b", steps=(5,))  # that run, killed: the same command goes on
+    claim = claim_output_dir(train_config(resume_from_checkpoint=source, output_dir=other))
+    assert (claim.resume_from, claim.replaces) == (Path(source), False)
+    write_run(tmp_path / "new", run_id="b", steps=(), state="finished")
+    with pytest.raises(ConfigError, match="holds this run already, finished"):
+        claim_output_dir(train_config(resume_from_checkpoint=source, output_dir=other))
+
+
+def test_a_checkpoint_whose_folder_has_no_record_says_where_that_belongs(write_run, train_config, tmp_path):
+    folder = write_run(tmp_path / "source")
+    (folder / "run.json").unlink()
+    with pytest.raises(ConfigError, match="it lies beside checkpoint-4 where that was written") as caught:
+        claim_output_dir(train_config(resume_from_checkpoint=str(folder / "checkpoint-4")))
+    assert str(folder) in str(caught.value)
+
+
+def test_weights_of_another_program_can_begin_a_new_run(train_config, tmp_path):
+    folder = tmp_path / "checkpoint-4"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "optimizer.pt").write_bytes(b"")
+    with pytest.raises(LlamaFactoryError, match=f"begin a new run: adapter_name_or_path: {folder}"):
+        claim_output_dir(train_config(resume_from_checkpoint=str(folder)))
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "null", '"x"', "{}", '{"run_id": 3}', '{"run_id": "a", "config": []}', "[" * 9999]
+)
+def test_a_damaged_record_is_one_clear_error_and_may_be_overwritten(write_run, train_config, tmp_path, content):
+    folder = write_run(tmp_path / "out")
+    (folder / "run.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"its run\.json is damaged"):
+        claim_output_dir(train_config())
+    claim = claim_output_dir(train_config(overwrite_output_dir=True))
+    assert claim.replaces
+    assert claim.run_id != "a"
+
+
+def test_a_record_of_another_format_is_refused(write_run, train_config, tmp_path):
+    folder = write_run(tmp_path / "out")
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(record | {"format": 2}))
+    with pytest.raises(ConfigError, match=r"its run\.json has format 2, and this version reads 1"):
+        claim_output_dir(train_config())
+
+
+def test_a_finished_run_goes_on_where_that_is_asked_for(write_run, train_config, tmp_path):
+    folder = write_run(tmp_path / "out", state="finished", max_steps=4)
+    with pytest.raises(ConfigError, match="holds this run already, finished") as caught:
+        claim_output_dir(train_config(max_steps=4))
+    assert "for more steps: resume_from_checkpoint=true" in str(caught.value)
+    with pytest.raises(ConfigError, match="max_steps 4 -> 8") as caught:
+        claim_output_dir(train_config(max_steps=8))
+    assert "resume with them: resume_from_checkpoint=true --allow-change max_steps" in str(caught.value)
+    claim = claim_output_dir(train_config(max_steps=8, resume_from_checkpoint=True, allow_change=["max_steps"]))
+    assert (claim.resume_from, claim.times_continued) == (folder / "checkpoint-4", 1)
+
+
+def test_no_checkpoint_named_is_not_the_folder_that_one_stands_in(write_run, train_config, tmp_path):
+    folder = write_run(tmp_path / "out")
+    assert claim_output_dir(train_config(resume_from_checkpoint="")).resume_from == folder / "checkpoint-4"
+
+
+def test_inputs_in_the_folder_that_is_emptied_are_refused(write_run, train_config, tmp_path):
+    adapter = write_run(tmp_path / "out") / "checkpoint-4"
+    (adapter / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"adapter_name_or_path .*which overwrite_output_dir empties"):
+        train_config(adapter_name_or_path=str(adapter), overwrite_output_dir=True)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -79,3 +80,39 @@ def test_a_damaged_lock_holds_nobody(tmp_path: Path, content: str) -> None:
     assert is_held(tmp_path) is False
     with RunLock(tmp_path):
         assert is_held(tmp_path)
+
+
+def test_a_lock_that_its_holder_removes_meanwhile_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = RunLock(tmp_path).take()
+    original = run_lock._lock
+
+    def just_released(descriptor: int, *, shared: bool = False) -> bool:
+        first.release()  # between the opening of the file and its lock
+        return original(descriptor, shared=shared)
+
+    second = RunLock(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(run_lock, "_lock", just_released)
+        second.take()
+    with pytest.raises(ConfigError, match="another run is using this folder"):
+        RunLock(tmp_path).take()
+    second.release()
+
+
+def test_one_who_only_looks_keeps_no_run_out(tmp_path: Path) -> None:
+    path = tmp_path / LOCK_FILE
+    path.write_text(json.dumps({"host": "here", "pid": 1, "boot_id": boot_id()}))
+    descriptor = os.open(path, os.O_RDONLY)
+    assert run_lock._lock(descriptor, shared=True)  # as `runs list` does for a moment
+    timer = threading.Timer(0.1, os.close, (descriptor,))
+    timer.start()
+    with RunLock(tmp_path):
+        timer.join()
+
+
+def test_a_folder_in_place_of_the_lock_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / LOCK_FILE).mkdir()
+    with pytest.raises(ConfigError, match=r"run\.lock cannot be opened: Is a directory"):
+        RunLock(tmp_path).take()

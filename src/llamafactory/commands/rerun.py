@@ -33,8 +33,13 @@ def expand_rerun(argv: Sequence[str]) -> list[str]:
     rest = words[:place] + words[place + (1 if "=" in words[place] else 2) :]
     record = read_record(path)
     config = dict(record["config"])
-    options = {key: value for key, value in config.items() if key not in _NOT_TAKEN and _says_something(key, value)}
-    options |= {"rerun_of": str(path), "output_dir": f"{config.get('output_dir')}-rerun"}
+    given = record.get("given") or ()
+    options = {
+        key: value
+        for key, value in config.items()
+        if key not in _NOT_TAKEN and (key in given or _says_something(key, value))
+    }
+    options |= {"rerun_of": str(path), "output_dir": f"{Path(str(config.get('output_dir')))}-rerun"}
     masked = [key for key, value in options.items() if MASK in json.dumps(value)]
     if masked:
         log.note(f"secrets are not recorded: {', '.join(masked)} must be given again where they are needed")

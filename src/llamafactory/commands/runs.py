@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llamafactory.extras.errors import ConfigError, LlamaFactoryError, Problem
-from llamafactory.train.checkpoint.folders import clear_leftovers, prune
+from llamafactory.train.checkpoint.folders import clear_leftovers, discard, removable
 from llamafactory.train.run_index import CheckpointInfo, RunInfo, find_runs, read_run
 from llamafactory.train.run_lock import RunLock
 
@@ -16,7 +16,7 @@ HELP = """\
 usage: llamafactory-cli runs list [FOLDER ...]        every run below the folders (default: saves)
        llamafactory-cli runs show FOLDER              one run: progress, checkpoints, the command that continues it
        llamafactory-cli runs verify FOLDER            reads every checkpoint and names each damaged file
-       llamafactory-cli runs prune FOLDER --keep N    removes all but the newest N checkpoints, and what crashes left
+       llamafactory-cli runs prune FOLDER --keep N    removes all but the newest N intact ones, and what crashes left
 
   --json       a document for programs; --dry-run: prune only says what it would remove
   exit codes   0 all is well, 1 verify found damage, 2 wrong words or no run there"""
@@ -46,6 +46,8 @@ def main(argv: list[str]) -> int:
 
 
 def _list(words: _Words) -> int:
+    if absent := [root for root in words.folders if not root.is_dir()]:
+        raise _wrong(f"no such folder: {absent[0]}", "folders with runs in them")
     folders = [run for root in words.folders or [Path("saves")] for run in find_runs(root)]
     runs = [run for folder in folders if (run := _try_read(folder)) is not None]
     if words.as_json:
@@ -81,10 +83,8 @@ def _show(words: _Words) -> int:
 
 def _verify(words: _Words) -> int:
     folder = _folder(words)
-    if (folder / "run.json").is_file():
-        found = _the_run(words, hashes=True).checkpoints
-    else:
-        raise _wrong(f"{folder} {_NO_RUN}", "a folder with a run.json")
+    run = _the_run(words, hashes=True)
+    found = run.checkpoints
     broken = [one for one in found if one.fault is not None]
     if words.as_json:
         print(json.dumps([vars(one) for one in found], indent=2))
@@ -92,7 +92,9 @@ def _verify(words: _Words) -> int:
         for one in found:
             print(f"{folder / one.name}: {one.fault or 'intact'}")
         print(f"{len(found)} checkpoints, {len(broken)} broken")
-    return 1 if broken else 0
+        if run.state == "damaged":
+            print(f"{folder}: {run.error}")
+    return 1 if broken or run.state == "damaged" else 0
 
 
 def _prune(words: _Words) -> int:
@@ -100,19 +102,23 @@ def _prune(words: _Words) -> int:
     if words.keep is None:
         raise _wrong("prune needs --keep N", "--keep 2")
     run = _the_run(words, hashes=False)
+    if run.state == "damaged":
+        raise LlamaFactoryError(f"{folder}: {run.error}: which checkpoints are of this run is not known")
     own = [one.name for one in run.checkpoints if one.is_own]
+    kept = {run.best} if run.best else set[str]()
     if words.is_dry:
-        kept = {run.best} if run.best else set[str]()
-        removed = [name for name in own[:-1] if name not in kept][: max(0, len(own) - words.keep)]
+        removed = removable(folder, run.run_id, words.keep, kept, hashes=True)
     else:
         with RunLock(folder):  # never beside a run that is writing
             clear_leftovers(folder)
-            removed = prune(folder, run.run_id, words.keep, {run.best} if run.best else set())
+            removed = removable(folder, run.run_id, words.keep, kept, hashes=True)
+            for path in removed:
+                discard(path)
     if words.as_json:
-        print(json.dumps({"removed": removed, "dry_run": words.is_dry}))
+        print(json.dumps({"removed": [path.name for path in removed], "dry_run": words.is_dry}))
     else:
-        for name in removed:
-            print(f"{'would remove' if words.is_dry else 'removed'} {folder / name}")
+        for path in removed:
+            print(f"{'would remove' if words.is_dry else 'removed'} {path}")
         print(f"{len(removed)} of {len(own)} checkpoints {'would go' if words.is_dry else 'removed'}")
     return 0
 
@@ -129,7 +135,7 @@ def _line(one: CheckpointInfo) -> str:
 def _try_read(folder: Path) -> RunInfo | None:
     try:
         return read_run(folder)
-    except (OSError, ValueError, AttributeError):
+    except OSError:  # it was there a moment ago
         return None
 
 
@@ -137,10 +143,8 @@ def _the_run(words: _Words, *, hashes: bool) -> RunInfo:
     folder = _folder(words)
     try:
         return read_run(folder, hashes=hashes)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise _wrong(f"{folder} {_NO_RUN}", "a folder with a run.json") from None
-    except (OSError, ValueError, AttributeError) as error:
-        raise LlamaFactoryError(f"{folder / 'run.json'} cannot be read: {error}") from error
 
 
 def _folder(words: _Words) -> Path:

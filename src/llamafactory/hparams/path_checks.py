@@ -1,4 +1,4 @@
-"""Rules about the paths of a configuration: does the model folder exist, can the output be written?
+"""Rules about the paths of a configuration, and about resuming: does the model exist, can the output be written?
 
 They look at names and permissions only; no file is opened for its content.
 """
@@ -122,9 +122,43 @@ def check_resume_path(config: RunConfig) -> Problem | None:
     return Problem(key="resume_from_checkpoint", message=f"no such folder: {place}", fix=fix)
 
 
+def check_allowed_changes(config: RunConfig) -> Iterator[Problem]:
+    """`allow_change` names options, or the rows."""
+    known = {*config.flat(), "data"}
+    for name in config.train.allow_change:
+        if config.command == "train" and name not in known:
+            near = near_matches(name, known)
+            fix = f"did you mean '{near[0]}'?" if near else "the refusal names the keys as they are wanted here"
+            yield Problem(key="allow_change", message=f"'{name}' is no option of this run", fix=fix)
+
+
+_INPUTS = ("model_name_or_path", "adapter_name_or_path", "ref_model", "ref_model_adapters", "reward_model",
+           "reward_model_adapters")  # fmt: skip
+
+
+def check_inputs_outlive_the_start(config: RunConfig) -> Iterator[Problem]:
+    """What a run starts from does not lie where `overwrite_output_dir` removes files before there are new ones."""
+    train = config.train
+    starts_anew = train.do_train and train.overwrite_output_dir and not train.resume_from_checkpoint
+    if config.command != "train" or not (starts_anew and train.output_dir):
+        return
+    output, options = Path(train.output_dir).resolve(), config.flat()
+    for key in _INPUTS:
+        value = options.get(key) or ()
+        for name in [value] if isinstance(value, str) else value:
+            if Path(name).is_dir() and Path(name).resolve().is_relative_to(output):
+                yield Problem(
+                    key=key,
+                    message=f"{name} lies in output_dir, which overwrite_output_dir empties: it would be lost",
+                    fix="choose another output_dir",
+                )
+
+
 PATH_CHECKS = (
     check_model_path,
     check_adapter_paths,
     check_output_paths,
     check_resume_path,
+    check_allowed_changes,
+    check_inputs_outlive_the_start,
 )

@@ -42,6 +42,10 @@ class RunConfig:
         for name in (*SECTIONS, "stage_options", "adapter_options"):
             yield name, getattr(self, name)
 
+    def given_keys(self) -> list[str]:
+        """The keys that were set, also where they were set to their default, in order."""
+        return sorted(key for _, section in self.sections() for key in section.model_fields_set)
+
     def flat(self, *, mask_secrets: bool = False) -> dict[str, Any]:
         """All options in one JSON-able mapping, as a user would write them."""
         found: dict[str, Any] = {}

@@ -36,7 +36,7 @@ from llamafactory.train.optim import build_optimizer
 from llamafactory.train.reference_cache import TRAINING, keep_reference
 from llamafactory.train.rollout_parts import build_rollouts, parts_of
 from llamafactory.train.rows import ROWS
-from llamafactory.train.schedule import build_schedule
+from llamafactory.train.schedule import build_schedule, go_on
 from llamafactory.train.sharded_files import model_files
 from llamafactory.train.sharding import placed, say_sharding, shard_model
 from llamafactory.train.stage import Models, load_stage
@@ -209,14 +209,15 @@ def assemble_job(
             start = load_state(claim.resume_from)
             if data.stream is not None:
                 training.restore(start.data)
-            if not restore_training(claim.resume_from, optimizer, accelerator.process_index):
-                log.note("this run has more processes than before: rows go on as they were, dropout does not")
             if accelerator.scaler is not None and start.scaler:
                 accelerator.scaler.load_state_dict(dict(start.scaler))
-            scheduler.load_state_dict({**scheduler.state_dict(), **start.scheduler})
         if parts is not None:
             files = parts.take_up(training, files, claim.output_dir, start=start, checkpoint=claim.resume_from)
         module, optimizer = placed(accelerator, sharded, module, optimizer)
+        if claim.resume_from is not None:  # once it is placed, which casts what it holds to the dtype of the weights
+            if not restore_training(claim.resume_from, optimizer, accelerator.process_index):
+                log.note("this run has more processes than before: rows go on as they were, dropout does not")
+            go_on(scheduler, start.scheduler)
         updates = Updates(optimizer=optimizer, scheduler=scheduler)
     else:
         (module,) = placed(accelerator, sharded, module)

@@ -82,6 +82,7 @@ class RunRecord:
             plan=plan.to_dict(),
             data=data.report.to_dict(),
             num_processes=num_processes,
+            times_continued=claim.times_continued,
             trainable_parameters=trained,
             total_parameters=total,
         )
@@ -112,6 +113,7 @@ class RunRecord:
             "config_sha256": hashlib.sha256(config.encode()).hexdigest(),
             "data": {one["name"]: one.get("fingerprint") for one in datasets},
             "num_processes": self.document["num_processes"],
+            "times_continued": self.document["times_continued"],
             "packages": self.document["packages"],
         }
 
@@ -211,9 +213,8 @@ def write_outcome(
     if result and result.stopped_early:
         done += f" of {job.total_steps}, stopped early: {result.stopped_early} evaluations in a row were no better"
     figures = ", ".join(f"{key} {value:.4f}" for key, value in metrics.items() if key.endswith("loss"))
-    summary = f"{done}, {figures}{memory_use.compare_line(memory)}; in {job.output_dir}" + (
-        f", weights of {best.name}" if best else ""
-    )
+    said = (f"{done}, {figures}" if figures else done) + memory_use.compare_line(memory)
+    summary = f"{said}; in {job.output_dir}" + (f", weights of {best.name}" if best else "")
     log.info(summary)
     if result and result.save_failure:
         raise SaveError(f"{result.save_failure}. Training is done, and the weights in {job.output_dir} are whole")

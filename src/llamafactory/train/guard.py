@@ -95,9 +95,9 @@ class StepGuard:
     def _decide(self, step: int, is_finite: bool) -> bool:
         if is_finite:
             return True
+        if self.num_skipped >= self._max_skipped:
+            raise NotFiniteError(step)  # it is not left out, but tried again by a run that goes on from here
         self.num_skipped += 1
-        if self.num_skipped > self._max_skipped:
-            raise NotFiniteError(step)
         return False
 
     def settle(self, leave: int = 0) -> None:

@@ -97,6 +97,7 @@ class _Run:
             tracker=(lambda row, at: job.accelerator.log(row, step=at)) if job.cfg.report_to else None,
         )
         self.num_tokens = job.start.num_tokens
+        self.loss_sum, self.num_units = job.start.loss_sum, job.start.num_units
         self.stop_signal = 0
         self._evaluated: tuple[int, dict[str, float]] | None = None
         self._peak = job.measure_peak()
@@ -211,7 +212,9 @@ class _Run:
         seconds = span.seconds
         with self._pause():
             self._measure_peak_again()
-            self._look_for_spikes(span)
+            totals = span.step_totals(self.job.accelerator)
+            self._count(totals)
+            self._look_for_spikes(totals)
         averages = span.sums.averages(self.job.accelerator)
         shown = self.job.accelerator.unwrap_model(self.job.module).summarise(averages | {"loss": loss})
         row = {
@@ -230,8 +233,15 @@ class _Run:
         self._logged_at = self.step
         self.log.write(self.step, self.epoch, row)
 
-    def _look_for_spikes(self, span: Span) -> None:
-        for step, loss, usual in self._spikes.look(span.step_losses(self.job.accelerator)):
+    def _count(self, totals: list[tuple[int, float, int]]) -> None:
+        """Adds the losses of finished steps, one by one: the sum is the same wherever the run was interrupted."""
+        for _, total, units in totals:
+            self.loss_sum += total
+            self.num_units += units
+
+    def _look_for_spikes(self, totals: list[tuple[int, float, int]]) -> None:
+        losses = [(step, total / max(1, units)) for step, total, units in totals]
+        for step, loss, usual in self._spikes.look(losses):
             rows = _listed(self.job.feed.rows(step - 1))
             log.warn(f"the loss of step {step} jumps to {loss:.4f} from about {usual:.4f}; rows: {rows}")
 
@@ -302,13 +312,16 @@ class _Run:
             data=self.job.feed.cursor(self.step),
             best=self.best,
             num_skipped=self.guard.num_skipped,
+            loss_sum=self.loss_sum,
+            num_units=self.num_units,
         )
 
     def result(self) -> FitResult:
         span, patience = self._whole, self.job.cfg.early_stopping_steps
         metrics: dict[str, float] = {"epoch": round(self.epoch, 4)}
+        if self.num_units:
+            metrics["train_loss"] = self.loss_sum / self.num_units
         if span.units:
-            metrics["train_loss"] = span.mean_loss(self.job.accelerator)
             seconds = span.seconds
             metrics["train_runtime"] = round(seconds, 4)
             metrics["train_samples_per_second"] = round(span.examples / seconds, 3)

@@ -6,21 +6,22 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llamafactory.extras.errors import ConfigError, LlamaFactoryError, Problem
-from llamafactory.extras.log import is_main_process, note
-from llamafactory.train.checkpoint.folders import clear_leftovers, newest_checkpoint
-from llamafactory.train.checkpoint.manifest import find_fault
+from llamafactory.extras.errors import LlamaFactoryError
+from llamafactory.extras.log import is_main_process, note, warn
+from llamafactory.train.checkpoint.folders import clear_leftovers, list_checkpoints, newest_checkpoint
+from llamafactory.train.checkpoint.manifest import MANIFEST, find_fault, read_facts
+from llamafactory.train.continuity import problem, require_same_configuration
 
 if TYPE_CHECKING:
     from llamafactory.hparams.run_config import RunConfig
 
 RUN_FILE = "run.json"
+RECORD_FORMAT = 1
 LINKS = ("last", "best")
 OWN_FILES = (
     "README.md", "trainer_log.jsonl", "trainer_log.1.jsonl", "trainer_state.json", "*_results.json", "training_*.png",
@@ -29,20 +30,11 @@ OWN_FILES = (
     "generated_predictions.*", ".staging-*", *LINKS, RUN_FILE,
 )  # fmt: skip
 """What a run writes into its folder, as patterns; `run.json` goes last."""
+_FINISHED = (
+    "choose another output_dir, or set overwrite_output_dir: true to train again; for more steps: "
+    "resume_from_checkpoint=true with a larger num_train_epochs or max_steps and --allow-change of that key"
+)
 _MODEL_MARKS = ("adapter_config.json", "config.json", "adapter_model.safetensors", "model.safetensors")
-_HARMLESS = frozenset(
-    {"resume_from_checkpoint", "overwrite_output_dir", "logging_steps", "logging_first_step", "save_steps",
-     "save_strategy", "save_total_limit", "save_only_model", "eval_steps", "eval_strategy", "eval_on_start",
-     "per_device_eval_batch_size", "plot_loss", "report_to", "run_name", "disable_tqdm", "ddp_timeout",
-     "print_param_status", "include_num_input_tokens_seen", "include_effective_tokens_per_second", "hf_hub_token",
-     "offline", "cache_dir", "preprocessing_num_workers", "do_eval", "do_predict",
-     "predict_with_generate", "async_save", "verify_after_save", "save_grace",
-     "allow_change", "rerun_of", "on_nan", "load_best_model_at_end", "early_stopping_steps",
-     "ignore_plan", "tokenized_path", "overwrite_cache", "output_dir"}
-)  # fmt: skip
-
-
-_BATCH_KEYS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +47,7 @@ class Claim:
         resume_from: checkpoint folder to continue, or None to start at step 0.
         replaces: whether an earlier run's files are removed before the first file is written.
         record: `run.json` of the run that is continued, or None.
+        times_continued: how often this run was started before; checkpoints of later times are newer.
     """
 
     output_dir: Path
@@ -62,6 +55,7 @@ class Claim:
     resume_from: Path | None = None
     replaces: bool = False
     record: Mapping[str, Any] | None = None
+    times_continued: int = 0
 
 
 def claim_output_dir(cfg: RunConfig) -> Claim:
@@ -79,113 +73,105 @@ def claim_output_dir(cfg: RunConfig) -> Claim:
     make_writable(folder)
     if is_main_process():
         clear_leftovers(folder)
-    asked = cfg.train.resume_from_checkpoint
-    named = Path(asked) if isinstance(asked, str) else None
+    asked = cfg.train.resume_from_checkpoint or None
     if cfg.train.overwrite_output_dir and not asked:
-        return Claim(output_dir=folder, run_id=uuid.uuid4().hex, replaces=_read_record(folder) is not None)
-    if named is not None and (fault := find_fault(named)):
-        raise LlamaFactoryError(f"resume_from_checkpoint: {named} is not used: {fault}")
-    record = _read_record(folder if named is None else named.parent)
+        _warn_of_work_that_goes(folder)
+        return Claim(output_dir=folder, run_id=uuid.uuid4().hex, replaces=_has_record(folder))
+    if isinstance(asked, str):
+        return _claim_for(Path(asked), folder, cfg)
+    record = _read_record(folder)
     if record is None:
         if asked:
-            raise _problem(folder, "has no run.json, so there is no run to resume", "remove resume_from_checkpoint")
+            raise problem(folder, "has no run.json, so there is no run to resume", "remove resume_from_checkpoint")
         _refuse_foreign_model(folder)
         return Claim(output_dir=folder, run_id=uuid.uuid4().hex)
-    _require_same_configuration(folder, record, cfg)
-    if record.get("state") == "finished" and named is None:
-        raise _problem(
-            folder,
-            "holds this run already, finished",
-            "choose another output_dir, or set overwrite_output_dir: true to train again",
+    require_same_configuration(folder, record, cfg)
+    if record.get("state") == "finished" and not asked:
+        raise problem(folder, "holds this run already, finished", _FINISHED)
+    checkpoint = newest_checkpoint(folder, record["run_id"])
+    if checkpoint is None:
+        if asked:
+            raise problem(folder, "has no checkpoint to resume", "remove resume_from_checkpoint")
+        _refuse_foreign_checkpoints(folder)
+    return _continuing(folder, record, checkpoint)
+
+
+def _claim_for(checkpoint: Path, folder: Path, cfg: RunConfig) -> Claim:
+    """The claim of a run that goes on from a named checkpoint, which may lie elsewhere.
+
+    Raises:
+        ConfigError: it is no checkpoint of this run's configuration, or the output folder holds another run.
+        LlamaFactoryError: it is damaged.
+    """
+    if fault := find_fault(checkpoint):
+        raise LlamaFactoryError(f"resume_from_checkpoint: {checkpoint} is not used: {fault}{_hint(checkpoint)}")
+    source = checkpoint.parent if _has_record(checkpoint.parent) else checkpoint.resolve().parent
+    record = _read_record(source)
+    if record is None:
+        raise problem(
+            source,
+            f"has no run.json, so there is no run to resume: it lies beside {checkpoint.name} where that was written",
+            "put it there too, or give the checkpoint as adapter_name_or_path (or model_name_or_path) of a new run",
         )
-    checkpoint = named or newest_checkpoint(folder, record["run_id"])
-    if asked and checkpoint is None:
-        raise _problem(folder, "has no checkpoint to resume", "remove resume_from_checkpoint")
+    require_same_configuration(source, record, cfg)
+    if folder.resolve() == source.resolve():
+        return _continuing(folder, record, checkpoint)
+    replaces = False
+    if cfg.train.overwrite_output_dir:
+        replaces = _has_record(folder) and _run_id(folder) != record["run_id"]
+    elif (own := _read_record(folder)) is None:
+        _refuse_foreign_model(folder)
+    elif own["run_id"] != record["run_id"]:
+        raise problem(
+            folder,
+            f"holds another run than that of {checkpoint}",
+            "choose another output_dir, or set overwrite_output_dir: true to replace it",
+        )
+    elif own.get("state") == "finished":
+        raise problem(folder, "holds this run already, finished", _FINISHED)
+    return _continuing(folder, record, checkpoint, replaces=replaces)
+
+
+def _continuing(
+    folder: Path, record: Mapping[str, Any], checkpoint: Path | None, *, replaces: bool | None = None
+) -> Claim:
+    times = record.get("times_continued")
     return Claim(
         output_dir=folder,
         run_id=record["run_id"],
         resume_from=checkpoint,
-        replaces=checkpoint is None,
+        replaces=checkpoint is None if replaces is None else replaces,
         record=record if checkpoint else None,
+        times_continued=times + 1 if isinstance(times, int) else 1,
     )
 
 
-def require_same_data(cfg: RunConfig, claim: Claim, data: Mapping[str, Any], num_processes: int) -> None:
-    """Refuses to continue a run with other rows or another number of rows in a step: the order would silently differ.
-
-    Raises:
-        ConfigError: what differs.
-    """
-    record = claim.record
-    if record is None:
-        return
-    is_changed = _fingerprints(record.get("data", {})) != _fingerprints(data)
-    if is_changed and "data" not in cfg.train.allow_change:
-        raise _problem(
-            claim.output_dir,
-            "holds a run that was started with other rows: the data sets have changed since",
-            "put the old rows back, set overwrite_output_dir: true to start anew, or --allow-change data to go on "
-            "with the new ones",
-        )
-    before = _batch_shape(record.get("config", {}), record.get("num_processes", num_processes))
-    now = _batch_shape(cfg.flat(), num_processes)
-    if prod(before) != prod(now) and not set(_BATCH_KEYS) & set(cfg.train.allow_change):
-        raise _problem(
-            claim.output_dir,
-            f"holds a run with {_describe_shape(before)}, and this one has {_describe_shape(now)}: its steps would "
-            "hold other rows",
-            f"keep {prod(before)} rows a step (NPROC_PER_NODE, {', '.join(_BATCH_KEYS)}), or set "
-            "overwrite_output_dir: true to start anew",
-        )
-    if before != now:
-        note(
-            f"{_describe_shape(before)} before, {_describe_shape(now)} now: every step holds the rows that it would "
-            "have held; losses may differ in their last digits"
-        )
-
-
-def _batch_shape(config: Mapping[str, Any], num_processes: int) -> tuple[int, int, int]:
-    size, accumulation = (int(config.get(key) or 1) for key in _BATCH_KEYS)
-    return num_processes, size, accumulation
-
-
-def _describe_shape(shape: tuple[int, int, int]) -> str:
-    num_processes, size, accumulation = shape
-    return f"{prod(shape)} rows a step ({num_processes} processes x {size} rows x {accumulation} accumulated)"
+def _hint(folder: Path) -> str:
+    """What to do with a folder of weights that another program wrote."""
+    if (folder / MANIFEST).exists():
+        return ""
+    key = "adapter_name_or_path" if (folder / "adapter_config.json").is_file() else "model_name_or_path"
+    is_model = any((folder / name).is_file() for name in _MODEL_MARKS)
+    return f". Its weights can begin a new run: {key}: {folder}" if is_model else ""
 
 
 def clear_replaced_run(claim: Claim) -> None:
-    """Removes the files of the run that is replaced; files that no run of ours writes stay."""
+    """Removes the files of the run that is replaced; what no run of ours writes, and checkpoints of others, stay."""
     if not claim.replaces:
         return
+    replaced = _run_id(claim.output_dir)
     for pattern in (*OWN_FILES[:-1], "checkpoint-*", RUN_FILE):
         for path in sorted(claim.output_dir.glob(pattern)):
             if path.is_symlink() or not path.is_dir():
                 if path.is_symlink() or path.name not in LINKS:
                     path.unlink()
-            elif path.name.startswith(".staging-") or (path / "trainer_state.json").is_file():
+            elif path.name.startswith(".staging-"):
                 shutil.rmtree(path)
-
-
-def _require_same_configuration(folder: Path, record: Mapping[str, Any], cfg: RunConfig) -> None:
-    ignored = (
-        _HARMLESS
-        | {*_BATCH_KEYS, *cfg.train.allow_change}
-        | set(type(cfg.generation).model_fields)
-        | set(type(cfg.export).model_fields)
-    )
-    differences = _differences(record.get("config", {}), cfg.flat(mask_secrets=True), ignored)
-    if differences:
-        raise _problem(
-            folder,
-            "holds a run with another configuration: " + "; ".join(differences),
-            "choose another output_dir, set overwrite_output_dir: true to replace it, undo the changes to resume, or "
-            f"resume with them: --allow-change {','.join(one.split()[0] for one in differences)}",
-        )
-
-
-def _fingerprints(data: Mapping[str, Any]) -> list[Any]:
-    return [(one.get("name"), one.get("fingerprint")) for one in data.get("datasets", [])]
+            elif (path / "trainer_state.json").is_file():
+                if read_facts(path).get("run_id", replaced) == replaced:
+                    shutil.rmtree(path)
+                else:
+                    note(f"{path} stays: another run wrote it")
 
 
 def make_writable(folder: Path) -> None:
@@ -200,42 +186,81 @@ def make_writable(folder: Path) -> None:
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
-        raise _problem(
+        raise problem(
             folder, f"cannot be written: {error.strerror or error}", "give a folder that this user may write to"
         ) from error
 
 
 def _read_record(folder: Path) -> dict[str, Any] | None:
+    """`run.json` of a folder, or None where there is none.
+
+    Raises:
+        ConfigError: it is damaged, or of a later version.
+    """
     try:
-        return json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+        record = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+        if not isinstance(record, dict) or not isinstance(record.get("run_id"), str):
+            raise ValueError("it names no run")
+        if not all(isinstance(record.get(part, {}), dict) for part in ("config", "data", "plan", "packages")):
+            raise ValueError("it is no record of a run")
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise _problem(
-            folder, f"its {RUN_FILE} is damaged ({error})", "remove that file, or set overwrite_output_dir: true"
+    except (OSError, ValueError, RecursionError) as error:
+        raise problem(
+            folder,
+            f"its {RUN_FILE} is damaged ({error})",
+            "put a whole one in its place, choose another output_dir, or set overwrite_output_dir: true to start anew",
         ) from error
+    if record.get("format", RECORD_FORMAT) != RECORD_FORMAT:
+        raise problem(
+            folder,
+            f"its {RUN_FILE} has format {record['format']}, and this version reads {RECORD_FORMAT}",
+            "continue the run with the version that began it, or choose another output_dir",
+        )
+    return record
+
+
+def _has_record(folder: Path) -> bool:
+    return (folder / RUN_FILE).exists()
+
+
+def _run_id(folder: Path) -> str | None:
+    """The run that a folder's `run.json` names, or None where that cannot be read."""
+    try:
+        return _read_record(folder)["run_id"]  # pyright: ignore[reportOptionalSubscript]
+    except (LlamaFactoryError, TypeError):
+        return None
+
+
+def _warn_of_work_that_goes(folder: Path) -> None:
+    try:
+        record = _read_record(folder) or {"state": "finished"}
+    except LlamaFactoryError:
+        return
+    if record.get("state") != "finished" and (found := list_checkpoints(folder)):
+        warn(
+            f"{folder} holds an unfinished run up to {found[-1].name}: overwrite_output_dir starts anew, and "
+            "removes it when the model is loaded; resume_from_checkpoint=true would go on with it"
+        )
+
+
+def _refuse_foreign_checkpoints(folder: Path) -> None:
+    """A run without a checkpoint of its own starts anew; it must not do so among those of another run."""
+    if found := [path.name for path in list_checkpoints(folder)]:
+        raise problem(
+            folder,
+            f"holds no checkpoint of this run, but of another one ({', '.join(found[:4])})",
+            f"to go on from it: resume_from_checkpoint={folder / found[-1]}; or move it away; or choose another "
+            "output_dir",
+        )
 
 
 def _refuse_foreign_model(folder: Path) -> None:
     found = [name for name in _MODEL_MARKS if (folder / name).exists()]
     found += [path.name for path in folder.glob("checkpoint-*")]
     if found:
-        raise _problem(
+        raise problem(
             folder,
             f"holds files of another run ({', '.join(sorted(set(found))[:4])})",
             "choose another output_dir, or set overwrite_output_dir: true",
         )
-
-
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any], ignored: Set[str]) -> list[str]:
-    """`key old -> new` for each key that differs; a key that only one of them knows counts as null there."""
-    changed = []
-    for key in sorted(set(before) | set(now)):
-        old, new = before.get(key), json.loads(json.dumps(now.get(key)))
-        if key not in ignored and old != new:
-            changed.append(f"{key} {json.dumps(old)} -> {json.dumps(new)}")
-    return changed
-
-
-def _problem(folder: Path, message: str, fix: str) -> ConfigError:
-    return ConfigError(Problem(key="output_dir", given=str(folder), message=message, fix=fix))

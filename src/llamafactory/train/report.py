@@ -15,6 +15,7 @@ from llamafactory.extras.checkout import git_commit
 from llamafactory.extras.files import write_json
 from llamafactory.extras.packages import version
 from llamafactory.model.method import load_method
+from llamafactory.train.output_dir import RECORD_FORMAT
 from llamafactory.train.stage import load_stage
 
 if TYPE_CHECKING:
@@ -84,10 +85,11 @@ def run_record(
         **more: further facts, for example trainable parameters.
     """
     return {
-        "format": 1,
+        "format": RECORD_FORMAT,
         "run_id": run_id,
         "state": state,
         "config": cfg.flat(mask_secrets=True),
+        "given": cfg.given_keys(),
         "plan": dict(plan),
         "data": dict(data),
         "packages": package_versions(),

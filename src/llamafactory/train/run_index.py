@@ -42,7 +42,8 @@ class RunInfo:
     Attributes:
         folder: of the run.
         run_id: of the run.
-        state: running, finished, interrupted, failed, or crashed: it says running, and no process holds its lock.
+        state: running, finished, interrupted, failed; crashed: it says running, and no process holds its lock;
+            damaged: its `run.json` cannot be read.
         step: steps in the log.
         total_steps: of the whole run.
         loss: the last one logged, or None.
@@ -91,16 +92,13 @@ def read_run(folder: Path, *, hashes: bool = False) -> RunInfo:
         hashes: read every byte of every checkpoint; False compares sizes only.
 
     Raises:
-        OSError: there is no `run.json`.
-        ValueError: it is damaged.
+        FileNotFoundError: there is no `run.json`.
     """
-    record = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-    if not isinstance(record, dict):
-        raise ValueError(f"{RUN_FILE} holds no JSON object")
+    record, fault = _read_record(folder)
     run_id = str(record.get("run_id", ""))
     rows = read_log(folder)
     last = rows[-1] if rows else {}
-    state = str(record.get("state", "unknown"))
+    state = "damaged" if fault else str(record.get("state", "unknown"))
     held = is_held(folder)
     if state == "running" and held is False:
         state = "crashed"
@@ -112,15 +110,44 @@ def read_run(folder: Path, *, hashes: bool = False) -> RunInfo:
         folder=str(folder),
         run_id=run_id,
         state=state,
-        step=int(last.get("current_steps", 0)),
+        step=last.get("current_steps", 0),
         total_steps=last.get("total_steps"),
         loss=next((row["loss"] for row in reversed(rows) if "loss" in row), None),
         remaining=last.get("remaining_time") if state == "running" else None,
-        error=record.get("error") or record.get("summary") if state != "finished" else None,
-        resume=None if state in ("running", "finished") else resume_command(folder, record),
+        error=fault or (_reason(record) if state not in ("finished", "running") else None),
+        resume=None if fault or state in ("running", "finished") else resume_command(folder, record),
         best=best.resolve().name if best.is_symlink() and best.exists() else None,
         checkpoints=checkpoints,
     )
+
+
+def _read_record(folder: Path) -> tuple[dict[str, Any], str | None]:
+    """`run.json`, or nothing and what is wrong with it.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    try:
+        record = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        return {}, f"{RUN_FILE} cannot be read: {error}"
+    if not isinstance(record, dict) or not isinstance(record.get("config", {}), dict):
+        return {}, f"{RUN_FILE} is no record of a run"
+    return record, None
+
+
+def _reason(record: dict[str, Any]) -> str | None:
+    found = record.get("error") or record.get("summary")
+    return None if found is None else str(found)
+
+
+def _is_row(row: Any) -> bool:
+    """Whether a line of the log is what a run writes."""
+    if not isinstance(row, dict) or not isinstance(row.get("current_steps", 0), int):
+        return False
+    return isinstance(row.get("loss", 0.0), int | float) and isinstance(row.get("total_steps", 0), int | None)
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
@@ -133,9 +160,9 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     for line in lines:
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(row, dict):
+        if _is_row(row):
             rows.append(row)
     return rows
 
@@ -145,7 +172,8 @@ def resume_command(folder: Path, record: dict[str, Any]) -> str:
     words = ["llamafactory-cli", "train", "--rerun", str(folder / RUN_FILE), f"output_dir={folder}", "rerun_of=null"]
     if record.get("config", {}).get("overwrite_output_dir"):
         words.append("resume_from_checkpoint=true")
-    num_processes = int(record.get("num_processes", 1))
+    found = record.get("num_processes", 1)
+    num_processes = found if isinstance(found, int) else 1
     prefix = f"FORCE_TORCHRUN=1 NPROC_PER_NODE={num_processes} " if num_processes > 1 else ""
     return prefix + shlex.join(words)
 

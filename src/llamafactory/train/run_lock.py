@@ -27,6 +27,8 @@ else:
 
 LOCK_FILE = "run.lock"
 TOUCH_SECONDS = 10.0
+LOOK_SECONDS = 0.3
+"""A lock that goes away within so long was only looked at."""
 SILENT_SECONDS = 60.0
 """A lock of another machine that was not touched for so long is stale."""
 
@@ -55,29 +57,54 @@ class RunLock:
         """Takes the lock, or says who holds it.
 
         Raises:
-            ConfigError: another run is using the folder.
+            ConfigError: another run is using the folder, or it cannot be locked.
         """
-        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
-        holder = read_holder(self._path)
-        if not _lock(descriptor):
-            os.close(descriptor)
-            raise _taken(self._path, holder)
+        try:
+            descriptor, holder = self._open_locked()
+        except OSError as error:
+            raise _locked_out(self._path, error) from error
         try:
             if holder and not _is_here(holder):
                 self._wait_for_silence(holder)
-            elif holder and fcntl is None and _is_alive(int(holder.get("pid", 0))):
+            elif holder and fcntl is None and _is_alive(holder.get("pid")):
                 raise _taken(self._path, holder)
         except BaseException:
             os.close(descriptor)
             raise
         if holder:
             log.note(f"{self._path} is left over from pid {holder.get('pid')} on {holder.get('host')}: taken over")
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, (json.dumps(_this_process()) + "\n").encode(), 0)
+        try:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, (json.dumps(_this_process()) + "\n").encode(), 0)
+        except OSError as error:  # a full disk; the lock itself needs no room
+            log.warn(f"{self._path} cannot say who holds it: {error.strerror}")
         self._descriptor = descriptor
         self._thread = threading.Thread(target=self._touch, args=(descriptor,), name="run.lock", daemon=True)
         self._thread.start()
         return self
+
+    def _open_locked(self) -> tuple[int, dict[str, Any]]:
+        """The lock file, locked, and who held it before.
+
+        One who looks (`is_held`) locks for a moment too, so that the first refusal does not count. A file that its
+        holder removed meanwhile is no lock any more: another process would make a new one beside it.
+
+        Raises:
+            ConfigError: another run is using the folder.
+            OSError: the file cannot be opened.
+        """
+        until = time.monotonic() + LOOK_SECONDS
+        while True:
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+            holder = read_holder(self._path)
+            if _lock(descriptor):
+                if _is_same_file(descriptor, self._path):
+                    return descriptor, holder
+            elif time.monotonic() > until:
+                os.close(descriptor)
+                raise _taken(self._path, holder)
+            os.close(descriptor)
+            time.sleep(0.02)
 
     def release(self) -> None:
         """Gives the folder free; a second call does nothing."""
@@ -136,11 +163,14 @@ def is_held(output_dir: Path) -> bool | None:
     holder = read_holder(path)
     if not holder:
         return False
-    if not _is_here(holder):
-        return True if time.time() - path.stat().st_mtime < SILENT_SECONDS else None
-    if fcntl is None:
-        return _is_alive(int(holder.get("pid", 0)))
-    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        if not _is_here(holder):
+            return True if time.time() - path.stat().st_mtime < SILENT_SECONDS else None
+        if fcntl is None:
+            return _is_alive(holder.get("pid"))
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:  # released meanwhile
+        return False
     try:
         return not _lock(descriptor, shared=True)
     finally:
@@ -178,7 +208,9 @@ def _is_here(holder: dict[str, Any]) -> bool:
     return holder.get("boot_id") == boot_id() or holder.get("host") == socket.gethostname()
 
 
-def _is_alive(pid: int) -> bool:
+def _is_alive(pid: object) -> bool:
+    if not isinstance(pid, int) or pid <= 0:
+        return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -188,8 +220,28 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
+def _is_same_file(descriptor: int, path: Path) -> bool:
+    """Whether the path still names the open file; True where the system cannot say."""
+    ours = os.fstat(descriptor)
+    try:
+        return os.path.samestat(ours, path.stat()) if ours.st_ino else True
+    except FileNotFoundError:
+        return False
+
+
 def _describe(holder: dict[str, Any]) -> str:
     return f"pid {holder.get('pid')} on {holder.get('host')}, started {holder.get('started')}"
+
+
+def _locked_out(path: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        Problem(
+            key="output_dir",
+            given=str(path.parent),
+            message=f"{path.name} cannot be opened: {error.strerror or error}",
+            fix="give a folder that this user may write to; remove run.lock where it is no file of a run",
+        )
+    )
 
 
 def _taken(path: Path, holder: dict[str, Any]) -> ConfigError:

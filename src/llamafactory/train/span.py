@@ -46,12 +46,12 @@ class Span:
             for _, sums, _ in kept:
                 self.sums.merge(sums)
 
-    def step_losses(self, accelerator: Accelerator) -> list[tuple[int, float]]:
-        """Step and loss per unit of each step, over all ranks; waits for the device."""
+    def step_totals(self, accelerator: Accelerator) -> list[tuple[int, float, int]]:
+        """Step, sum of losses and units of each step, over all ranks; waits for the device."""
         if not self.steps:
             return []
         totals = summed(accelerator, torch.stack([sums.loss for _, sums, _ in self.steps])).tolist()
-        return [(step, total / max(1, units)) for (step, _, units), total in zip(self.steps, totals, strict=True)]
+        return [(step, total, units) for (step, _, units), total in zip(self.steps, totals, strict=True)]
 
     @property
     def seconds(self) -> float:

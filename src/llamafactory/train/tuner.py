@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from llamafactory.extras import log
 from llamafactory.extras.network import go_offline
-from llamafactory.train.output_dir import claim_output_dir, make_writable, require_same_data
+from llamafactory.train.continuity import require_same_data, say_other_versions
+from llamafactory.train.output_dir import claim_output_dir, make_writable
 from llamafactory.train.run_lock import RunLock
 from llamafactory.train.signals import StopRequest, StopSignal
 from llamafactory.train.start_up import StartUp
@@ -95,7 +96,8 @@ def _run(cfg: RunConfig, claim: Claim, stop: StopRequest) -> RunResult:
         require_fit(cfg, plan, hardware, plan_again)
     start.ended("plan")
     accelerator = build.start_accelerator(cfg, plan)
-    require_same_data(cfg, claim, data.report.to_dict(), accelerator.num_processes)
+    require_same_data(cfg, claim.output_dir, claim.record, data.report.to_dict(), accelerator.num_processes)
+    say_other_versions(claim.record, package_versions())
     policy = build.load_policy(cfg, plan, resume_from=claim.resume_from)
     start.ended("model")
     record = finish.RunRecord.start(

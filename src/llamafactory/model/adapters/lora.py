@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llamafactory.hparams.section import Section, option
 from llamafactory.model.method import Method
@@ -61,7 +61,8 @@ def apply(model: PreTrainedModel, options: Options, *, adapters: tuple[Path, ...
         for folder in merged:
             model = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
         if len(merged) < len(adapters):
-            return PeftModel.from_pretrained(model, str(adapters[-1]), is_trainable=trainable)
+            continued = PeftModel.from_pretrained(model, str(adapters[-1]), is_trainable=trainable)
+            return _unrounded(continued, adapters[-1]) if trainable else continued
         return _fresh(model, options) if trainable else model
 
 
@@ -86,6 +87,22 @@ def outline(model: PreTrainedModel, options: Options, *, adapters: tuple[Path, .
 def merged_before(options: Options, adapters: tuple[Path, ...]) -> tuple[Path, ...]:
     """The adapters that are merged into the base: all but the last, or all under `create_new_adapter`."""
     return adapters if options.create_new_adapter else adapters[:-1]
+
+
+def _unrounded(model: Any, folder: Path) -> nn.Module:
+    """Peft loads `modules_to_save` in the dtype of the base; what is trained is kept in float32, and read again."""
+    import torch
+
+    rounded = [one for one in model.parameters() if one.requires_grad and one.dtype != torch.float32]
+    if not rounded:
+        return model
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    for parameter in rounded:
+        parameter.data = parameter.data.float()
+    set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+    return model
 
 
 def _fresh(model: PreTrainedModel, options: Options) -> nn.Module:

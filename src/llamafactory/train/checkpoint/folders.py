@@ -41,7 +41,7 @@ def newest_checkpoint(output_dir: Path, run_id: str | None = None) -> Path | Non
         LlamaFactoryError: there are checkpoints, and none of them verifies.
     """
     broken = 0
-    for folder in reversed(list_checkpoints(output_dir)):
+    for folder in reversed(by_age(list_checkpoints(output_dir))):
         owner = read_facts(folder).get("run_id")
         if run_id is not None and owner is not None and owner != run_id:
             log.warn(f"{folder} is not used: another run wrote it ({owner})")
@@ -59,26 +59,75 @@ def newest_checkpoint(output_dir: Path, run_id: str | None = None) -> Path | Non
     return None
 
 
-def prune(output_dir: Path, run_id: str, limit: int | None, keep: Set[str] = frozenset()) -> list[str]:
-    """Removes a run's oldest checkpoints beyond `limit`; folders of other runs are left alone.
+def by_age(folders: list[Path]) -> list[Path]:
+    """Checkpoints as they were written, oldest first.
+
+    A run that goes on from an older checkpoint writes lower steps later, so that steps alone do not say what is new.
+    """
+
+    def age(folder: Path) -> int:
+        times = read_facts(folder).get("times_continued", 0)
+        return times if isinstance(times, int) else 0
+
+    return sorted(folders, key=age)
+
+
+def removable(
+    output_dir: Path, run_id: str, limit: int | None, keep: Set[str] = frozenset(), *, hashes: bool = False
+) -> list[Path]:
+    """A run's oldest checkpoints beyond `limit`; what is damaged or belongs to another run does not count.
 
     Args:
         output_dir: of the run.
         run_id: of the run.
         limit: checkpoints that stay; None or 0 keeps all.
         keep: names that stay in any case; they count as part of `limit`.
+        hashes: read every byte of those that stay; False compares sizes only.
+
+    Returns:
+        Those that may go, oldest first.
+    """
+    if not limit:
+        return []
+    own = by_age([path for path in list_checkpoints(output_dir) if read_facts(path).get("run_id") == run_id])
+    kept = [path for path in own if path.name in keep]
+    left = limit - sum(find_fault(path, hashes=hashes) is None for path in kept)
+    if own and own[-1] not in kept:
+        left = max(left, 1)
+    found: list[Path] = []
+    for path in reversed(own):
+        if path in kept:
+            continue
+        if left <= 0:
+            found.append(path)
+        else:
+            left -= find_fault(path, hashes=hashes) is None
+    return found[::-1]
+
+
+def prune(output_dir: Path, run_id: str, limit: int | None, keep: Set[str] = frozenset()) -> list[str]:
+    """Removes what `removable` names.
 
     Returns:
         Names of the removed folders.
     """
-    if limit is None or limit <= 0:
-        return []
-    own = [path for path in list_checkpoints(output_dir) if read_facts(path).get("run_id") == run_id]
-    num_removed = max(0, len(own) - limit)
-    removed = [path for path in own[:-1] if path.name not in keep][:num_removed]
+    removed = removable(output_dir, run_id, limit, keep)
     for path in removed:
         discard(path)
     return [path.name for path in removed]
+
+
+def make_way(target: Path, run_id: str) -> None:
+    """Frees the name of a checkpoint: an older one of the same run goes, one of another run gets another name."""
+    if not os.path.lexists(target):
+        return
+    owner = read_facts(target).get("run_id")
+    if owner is None or owner == run_id:
+        discard(target)
+        return
+    aside = target.with_name(f"{target.name}-of-{str(owner)[:8]}")
+    target.rename(aside)
+    log.warn(f"{target} was of another run, and is now {aside.name}")
 
 
 def discard(folder: Path) -> None:

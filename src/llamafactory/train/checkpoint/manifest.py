@@ -55,7 +55,10 @@ def find_fault(folder: Path, *, hashes: bool = True) -> str | None:
         None if all is well, else what is wrong and with which file.
     """
     try:
-        files = _files_of(_read(folder))
+        manifest = _read(folder)
+        if isinstance(found := manifest.get("format"), int) and found > FORMAT:
+            return f"{MANIFEST} has format {found}, and this version reads up to {FORMAT}"
+        files = _files_of(manifest)
     except FileNotFoundError:
         return f"{MANIFEST} is missing (the save did not finish, or another program wrote the folder)"
     except OSError as error:

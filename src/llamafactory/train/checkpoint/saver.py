@@ -15,7 +15,7 @@ from typing import Any
 from llamafactory.extras import failpoints, log
 from llamafactory.extras.errors import SaveError
 from llamafactory.extras.files import fsync
-from llamafactory.train.checkpoint.folders import STAGING, checkpoint_name, discard, point, prune
+from llamafactory.train.checkpoint.folders import STAGING, checkpoint_name, make_way, point, prune
 from llamafactory.train.checkpoint.manifest import find_fault, seal
 from llamafactory.train.checkpoint.snapshot import Snapshot
 
@@ -167,8 +167,7 @@ def publish(plan: SavePlan, snapshot: Snapshot, *, last_size: int = 0) -> tuple[
         manifest = seal(staging, {"run_id": snapshot.state.run_id, "step": step, **plan.facts})
         if fault := find_fault(staging, hashes=plan.reads_back):
             raise SaveError(f"{staging}: {fault}")
-        if target.exists():
-            discard(target)
+        make_way(target, snapshot.state.run_id)
         failpoints.visit("save.rename")
         staging.rename(target)
     except BaseException:

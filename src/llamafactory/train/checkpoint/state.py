@@ -28,6 +28,8 @@ class RunState:
         data: where in the data the next step begins, as the feed says it.
         best: the best evaluation so far, as `train.selection` keeps it; empty where none was.
         num_skipped: steps whose gradient was not finite and left out (`on_nan: skip:N`).
+        loss_sum: losses of all steps so far, over all ranks.
+        num_units: what they are divided by for their mean.
     """
 
     run_id: str
@@ -42,6 +44,8 @@ class RunState:
     data: Mapping[str, Any] = field(default_factory=dict[str, Any])
     best: Mapping[str, Any] = field(default_factory=dict[str, Any])
     num_skipped: int = 0
+    loss_sum: float = 0.0
+    num_units: int = 0
 
 
 def fresh_state(run_id: str) -> RunState:
@@ -72,6 +76,8 @@ def write_state(folder: Path, state: RunState, **more: Any) -> None:
         "data": dict(state.data),
         "best": dict(state.best),
         "num_skipped": state.num_skipped,
+        "loss_sum": state.loss_sum,
+        "num_units": state.num_units,
         **more,
         "log_history": state.log_history,
     }
@@ -99,4 +105,6 @@ def load_state(folder: Path) -> RunState:
         data=document.get("data", {}),
         best=document.get("best", {}),
         num_skipped=document.get("num_skipped", 0),
+        loss_sum=document.get("loss_sum", 0.0),
+        num_units=document.get("num_units", 0),
     )

@@ -89,11 +89,20 @@ def optimizer_state(optimizer: Optimizer) -> OptimizerState:
 
 
 def load_optimizer(optimizer: Optimizer, saved: OptimizerState) -> None:
-    """Puts an optimizer's state back; options that are no plain values keep what the configuration gave them."""
+    """Puts an optimizer's state back, in the dtypes that it had; its options stay those of the configuration.
+
+    The learning rate of the step is the schedule's to set (`train.schedule.go_on`).
+    """
     state: dict[int, dict[str, Any]] = {}
     for name, value in [*saved.tensors.items(), *saved.values.items()]:
         index, key = name.split(".", 1)
         state.setdefault(int(index), {})[key] = value
     current = optimizer.state_dict()
-    merged = [{**ours, **theirs} for ours, theirs in zip(current["param_groups"], saved.groups, strict=True)]
+    merged = [{**theirs, **ours} for ours, theirs in zip(current["param_groups"], saved.groups, strict=True)]
     optimizer.load_state_dict({"state": state, "param_groups": merged})
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, entries in state.items():
+        loaded = optimizer.state[parameters[index]]
+        for key, value in entries.items():  # torch casts to the parameter's dtype; Adafactor keeps float32 beside bf16
+            if isinstance(value, torch.Tensor) and loaded[key].dtype != value.dtype:
+                loaded[key] = value.to(device=loaded[key].device)
