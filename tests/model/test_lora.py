@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -40,7 +42,7 @@ def test_all_means_every_linear_layer_but_the_head(base):
 
 
 def test_alpha_defaults_to_twice_the_rank(base):
-    model = lora.apply(base, lora.Options(lora_rank=4), adapters=(), trainable=True)
+    model: Any = lora.apply(base, lora.Options(lora_rank=4), adapters=(), trainable=True)
     assert model.peft_config["default"].lora_alpha == 8
 
 
@@ -62,8 +64,6 @@ def test_additional_targets_are_trained_in_full_and_saved(base, tmp_path):
 
 
 def test_what_is_trained_in_full_is_not_rounded_to_the_dtype_of_the_base(tiny_config, tmp_path):
-    from transformers import AutoModelForCausalLM
-
     def load():
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(tiny_config(), dtype=torch.bfloat16)
