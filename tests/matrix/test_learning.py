@@ -85,3 +85,30 @@ def test_a_reward_model_ranks_rows_that_it_has_not_seen(embedded_model_dir, tmp_
     _, after, _ = learn(tmp_path, stage="rm", dataset="rows", dataset_dir=str(tmp_path), val_size=16)
     assert after["eval_accuracy"] >= 0.8
     assert (tmp_path / "out" / "value_head.safetensors").is_file()
+
+
+def test_a_reward_model_gives_answers_that_it_has_not_seen_their_scores(embedded_model_dir, tmp_path):
+    """The oracle is the best constant: the mean score has the labels' variance as its error, and no correlation."""
+    answers = {
+        1.0: ["Of course, gladly.", "Happy to help with that.", "Good question, here you go.", "Sure, with pleasure."],
+        0.0: ["It depends.", "That is known.", "There are many.", "Some say so."],
+        -1.0: ["No.", "Leave me alone.", "Find out yourself.", "What a stupid question."],
+    }
+    things = ["rivers", "the moon", "bread", "chess", "clouds", "tea", "cats", "glass", "salt", "bees", "iron", "snow"]
+    rows = [
+        {"instruction": f"Tell me something about {thing}, please ({number}).", "output": texts[(number + place) % 4],
+         "score": score}
+        for number in range(2)
+        for place, thing in enumerate(things)
+        for score, texts in answers.items()
+    ]  # fmt: skip
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    before, after, log = learn(
+        tmp_path, stage="rm", dataset=str(tmp_path / "rows.json"), val_size=18, num_train_epochs=1,
+    )  # fmt: skip
+    assert after["eval_mse"] < 0.5 * 2 / 3  # the variance of three scores that are equally frequent
+    assert after["eval_mse"] < before["eval_mse"]
+    assert after["eval_pearson"] > 0.8
+    assert after["eval_loss"] == pytest.approx(after["eval_mse"])  # every row is a single answer
+    assert "eval_accuracy" not in after
+    assert log[-1]["loss"] < log[0]["loss"]
