@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from llamafactory.extras.errors import ConfigError, LlamaFactoryError
 from llamafactory.train import loop
@@ -102,6 +104,37 @@ def test_a_lora_run_replaces_every_file_of_a_full_run(train_config, tmp_path):
     assert not (folder / "model.safetensors").exists()
     assert not (folder / "config.json").exists()
     assert (folder / "adapter_model.safetensors").is_file()
+
+
+def change_weights(model: Path) -> None:
+    weights = load_file(model / "model.safetensors")
+    save_file(
+        {name: tensor * 1.001 for name, tensor in weights.items()}, model / "model.safetensors", {"format": "pt"}
+    )
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_base_that_was_changed_is_refused_where_it_is_needed(
+    stopped, train_config, tmp_path, tiny_model_dir, method, capsys
+):
+    model = Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
+    options = {"model_name_or_path": str(model), "finetuning_type": method}
+    stopped(**options)
+    change_weights(model)
+    options |= {"save_steps": 1, "max_steps": 4}
+    if method == "full":  # the whole model is in the checkpoint
+        assert run_exp(train_config(**options)).exit_code == 0
+        return
+    with pytest.raises(ConfigError, match=r"began with other weights: those of .*model, or of an adapter"):
+        run_exp(train_config(**options))
+    assert run_exp(train_config(**options, allow_change="model_name_or_path")).exit_code == 0
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["state"] == "finished"
+    capsys.readouterr()
+    again = {**options, "output_dir": str(tmp_path / "again"), "rerun_of": str(tmp_path / "out" / "run.json")}
+    change_weights(model)
+    with pytest.raises(ConfigError, match="are not those of the recorded run"):
+        run_exp(train_config(**again))
 
 
 def test_lost_rows_are_listed_also_in_a_replaced_folder(train_config, tmp_path):

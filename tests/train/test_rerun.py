@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 
 from llamafactory.extras.errors import ConfigError
-from llamafactory.train.rerun import read_record, say_what_differs
+from llamafactory.hparams.model import ModelConfig
+from llamafactory.hparams.run_config import RunConfig
+from llamafactory.hparams.train import TrainConfig
+from llamafactory.train.rerun import (
+    read_record,
+    require_recorded_base,
+    say_what_differs,
+    say_what_is_computed_otherwise,
+)
 
 DATA = {"datasets": [{"name": "a", "fingerprint": "1"}, {"name": "b", "fingerprint": "2"}]}
 
@@ -49,3 +57,32 @@ def test_other_rows_stop_it_unless_they_may_differ(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="a: 1 -> 9; b: 2 -> not there; c: not there -> 2"):
         say_what_differs(path, now, {"torch": "2", "numpy": "1"}, may_differ=False)
     say_what_differs(path, now, {"torch": "2", "numpy": "1"}, may_differ=True)
+
+
+def test_another_way_to_compute_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = {"device": "cpu", "micro_batch_tokens": 1024, "layout": "flat", "costs": {"room": 5}}
+    path = record(tmp_path, plan=plan, num_processes=2)
+    say_what_is_computed_otherwise(path, {**plan, "costs": {"room": 9}}, 2)
+    assert capsys.readouterr().err == ""
+    say_what_is_computed_otherwise(path, {**plan, "micro_batch_tokens": None, "compiled_blocks": True}, 1)
+    said = capsys.readouterr().err
+    assert "num_processes 2 -> 1; micro_batch_tokens 1024 -> None" in said
+    assert "compiled_blocks" not in said  # the record of an earlier version does not know it
+    assert "each step holds other rows" in said
+    say_what_is_computed_otherwise(record(tmp_path), plan, 3)  # an old record knows nothing of this
+    assert capsys.readouterr().err == ""
+
+
+def test_other_weights_stop_it_unless_they_are_asked_for(tmp_path: Path) -> None:
+    def config(model: str = "m", **train: Any) -> RunConfig:
+        return RunConfig(model=ModelConfig(model_name_or_path=model), train=TrainConfig(rerun_of=path, **train))
+
+    recorded = RunConfig(model=ModelConfig(model_name_or_path="m")).flat()
+    path = record(tmp_path, config=recorded, base="1")
+    require_recorded_base(config(), "1")
+    with pytest.raises(ConfigError, match="the weights of m, or of an adapter beside it, are not those"):
+        require_recorded_base(config(), "2")
+    require_recorded_base(config("other"), "2")
+    require_recorded_base(config(allow_change=("model_name_or_path",)), "2")
+    record(tmp_path, config=recorded)
+    require_recorded_base(config(), "2")  # the record of an earlier version

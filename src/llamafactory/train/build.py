@@ -130,6 +130,13 @@ def load_policy(cfg: RunConfig, plan: ModelPlan, *, resume_from: Path | None) ->
     return policy
 
 
+def needs_base(cfg: RunConfig) -> bool:
+    """Whether a run that is continued reads the weights that it began with; a whole model is in its checkpoint."""
+    return load_method(cfg.train.finetuning_type).saves_adapter or load_stage(cfg.train.stage).needs_reference(
+        cfg.stage_options
+    )
+
+
 def _resumed(
     cfg: RunConfig, checkpoint: Path, adapters: tuple[Path, ...]
 ) -> tuple[ModelConfig, Section, tuple[Path, ...]]:

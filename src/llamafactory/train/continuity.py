@@ -25,6 +25,7 @@ _HARMLESS = frozenset(
      "ignore_plan", "tokenized_path", "overwrite_cache", "output_dir", "enable_torch_profiler"}
 )  # fmt: skip
 _HARMLESS_PREFIX = "profiler_"
+_BASE_KEY = "model_name_or_path"
 _BATCH_KEYS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 _IN_CHECKPOINT = frozenset({"finetuning_type", "optim", "pure_bf16"})
 """What a checkpoint holds in its own form, besides the adapter with its options: a change would be without effect."""
@@ -132,6 +133,29 @@ def require_same_data(
             f"{_describe_shape(before)} before, {_describe_shape(now)} now: every step holds the rows that it would "
             "have held; losses may differ in their last digits"
         )
+
+
+def require_same_base(cfg: RunConfig, folder: Path, record: Mapping[str, Any], base: str) -> None:
+    """Refuses to continue a run beside other weights of its base model than those that it began with.
+
+    Args:
+        cfg: the resolved configuration.
+        folder: output folder, for the message.
+        record: `run.json` of the run; those of earlier versions have no fingerprint.
+        base: fingerprint of the weights that are there now.
+
+    Raises:
+        ConfigError: the weights have changed.
+    """
+    if record.get("base") in (None, base) or _BASE_KEY in cfg.train.allow_change:
+        return
+    raise problem(
+        folder,
+        f"holds a run that began with other weights: those of {cfg.model.model_name_or_path}, or of an adapter beside "
+        "it, have changed since",
+        "put the old weights back, set overwrite_output_dir: true to start anew, or --allow-change "
+        f"{_BASE_KEY} to go on with the new ones",
+    )
 
 
 def say_other_versions(record: Mapping[str, Any] | None, versions: Mapping[str, str]) -> None:

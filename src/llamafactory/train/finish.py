@@ -21,6 +21,7 @@ from llamafactory.extras import failpoints, log
 from llamafactory.extras.errors import LlamaFactoryError, SaveError
 from llamafactory.extras.files import fsync, write_json
 from llamafactory.extras.secrets import mask_text
+from llamafactory.model.fingerprint import base_fingerprint
 from llamafactory.model.shards import WEIGHT_SHARDS, read_whole
 from llamafactory.train import memory_use
 from llamafactory.train.build import require_trainable, trainable_report
@@ -81,6 +82,7 @@ class RunRecord:
             state="running",
             plan=plan.to_dict(),
             data=data.report.to_dict(),
+            base=base_fingerprint(cfg.model),
             num_processes=num_processes,
             times_continued=claim.times_continued,
             trainable_parameters=trained,

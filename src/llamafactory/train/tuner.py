@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from llamafactory.extras import log
 from llamafactory.extras.network import go_offline
-from llamafactory.train.continuity import require_same_data, say_other_versions
+from llamafactory.train.continuity import require_same_base, require_same_data, say_other_versions
 from llamafactory.train.output_dir import claim_output_dir, make_writable
 from llamafactory.train.run_lock import RunLock
 from llamafactory.train.signals import StopRequest, StopSignal
@@ -52,15 +52,15 @@ def _run(cfg: RunConfig, claim: Claim, stop: StopRequest) -> RunResult:
     from llamafactory.data.sources.access import access_of
     from llamafactory.data.stream_pipeline import prepare_stream
     from llamafactory.extras.hardware import read_hardware
+    from llamafactory.model.fingerprint import base_fingerprint
     from llamafactory.model.loader import load_model_config
     from llamafactory.model.remedies import require_fit
-    from llamafactory.train import build, finish, memory_use, planning, text
+    from llamafactory.train import build, finish, memory_use, planning, rerun, text
     from llamafactory.train.interruption import interruptible
     from llamafactory.train.loop import fit
     from llamafactory.train.predict_parts import prompts_of, with_predictions
     from llamafactory.train.rehearsal import needs_rehearsal, rehearse
     from llamafactory.train.report import package_versions
-    from llamafactory.train.rerun import say_what_differs
     from llamafactory.train.stage import load_stage
     from llamafactory.train.watchdog import watching
 
@@ -84,7 +84,8 @@ def _run(cfg: RunConfig, claim: Claim, stop: StopRequest) -> RunResult:
     stop.check()
     if cfg.train.rerun_of:
         may_differ = "data" in cfg.train.allow_change
-        say_what_differs(cfg.train.rerun_of, data.report.to_dict(), package_versions(), may_differ=may_differ)
+        rerun.say_what_differs(cfg.train.rerun_of, data.report.to_dict(), package_versions(), may_differ=may_differ)
+        rerun.require_recorded_base(cfg, base_fingerprint(cfg.model))
     build.say_lines(data.report.lines())
     start.ended("rows")
     model_config = load_model_config(cfg.model)
@@ -98,6 +99,10 @@ def _run(cfg: RunConfig, claim: Claim, stop: StopRequest) -> RunResult:
     accelerator = build.start_accelerator(cfg, plan)
     require_same_data(cfg, claim.output_dir, claim.record, data.report.to_dict(), accelerator.num_processes)
     say_other_versions(claim.record, package_versions())
+    if claim.record is not None and build.needs_base(cfg):
+        require_same_base(cfg, claim.output_dir, claim.record, base_fingerprint(cfg.model))
+    if cfg.train.rerun_of:
+        rerun.say_what_is_computed_otherwise(cfg.train.rerun_of, plan.to_dict(), accelerator.num_processes)
     policy = build.load_policy(cfg, plan, resume_from=claim.resume_from)
     start.ended("model")
     record = finish.RunRecord.start(
