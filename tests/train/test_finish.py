@@ -85,7 +85,7 @@ class End:
             train=TrainConfig(output_dir=str(folder), do_train=True, **train),
         )
         self.accelerator: Any = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None, trackers=[])
-        document = {"config": {}, "data": {}, "num_processes": 1, "packages": {"torch": "2"}}
+        document = {"config": {}, "data": {}, "num_processes": 1, "times_continued": 0, "packages": {"torch": "2"}}
         self.record = RunRecord(path=folder / "run.json", document=document, is_training=True)
         self.predictions: Any = None
 
