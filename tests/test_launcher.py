@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 
 from llamafactory import launcher
 from llamafactory.extras.errors import ConfigError
+from llamafactory.extras.supervision import Told
 from llamafactory.hparams.run_config import RunConfig
 from llamafactory.hparams.train import TrainConfig
 
@@ -91,6 +93,7 @@ def test_memory_settings_of_the_child() -> None:
         ("A", "b"),
     }
     assert "PYTORCH_CUDA_ALLOC_CONF" not in launcher.child_environment({"OPTIM_TORCH": "0"})
+    assert int(launcher.child_environment({})["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) > 600  # a save may take that long
     assert "SIGHUP" not in launcher.child_environment({})["TORCHELASTIC_SIGNALS_TO_HANDLE"]
 
 
@@ -103,7 +106,7 @@ def test_launch_train_runs_here_or_in_a_child(forced: str, monkeypatch: pytest.M
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     monkeypatch.setenv("FORCE_TORCHRUN", forced)
     monkeypatch.setattr("llamafactory.python_api.run_exp", lambda config: Result())
-    monkeypatch.setattr(launcher, "_run_child", lambda command, environment, folder: commands.append(command) or 7)
+    monkeypatch.setattr(launcher, "_run_child", lambda command, environment, count: commands.append(command) or 7)
     assert launcher.launch_train(WORDS, CPU) == (7 if forced == "1" else 130)
     assert len(commands) == int(forced)
 
@@ -123,7 +126,7 @@ def test_a_child_that_a_signal_ended() -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
-def test_sigterm_reaches_the_child_and_its_code_comes_back(tmp_path: Path) -> None:
+def test_sigterm_reaches_the_child(tmp_path: Path) -> None:
     child = (
         "import pathlib, signal, sys, time\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(9))\n"
@@ -140,7 +143,83 @@ def test_sigterm_reaches_the_child_and_its_code_comes_back(tmp_path: Path) -> No
             break
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=30) == 9
+    assert process.wait(timeout=30) == 143  # as the processes below torchrun end
+
+
+def told(rank: int, code: int | None, line: str = "") -> Told:
+    return Told(pid=100 + rank, rank=rank, code=code, line=line)
+
+
+BOTH = [told(0, None), told(1, None)]
+
+
+@pytest.mark.parametrize(
+    ("more", "received", "code", "line"),
+    [
+        ([told(1, 3, "no data"), told(0, 143, "stopped")], [], 3, "no data"),
+        ([told(0, 74, "no room"), told(1, 1, "connection lost")], [], 74, "no room"),
+        ([told(1, 1, "not finite"), told(0, 1, "not finite, saved in x")], [], 1, "not finite, saved in x"),
+        ([told(1, 143, "nothing new"), told(0, 143, "saved in x")], [], 143, "saved in x"),
+        ([told(1, 143, "nothing new"), told(0, 143, "saved in x")], [signal.SIGINT], 130, "saved in x"),
+        ([told(0, 143, "saved")], [signal.SIGTERM], 143, "saved"),
+        ([told(0, 143, "saved")], [], 1, r"error: rank 1 \(pid 101\) ended without a word"),
+        (
+            [told(0, 1, "connection lost")],
+            [],
+            1,
+            r"rank 1 \(pid 101\) ended without a word.*\nrank 0: connection lost",
+        ),
+        ([], [signal.SIGINT, signal.SIGINT], 130, "stopped by SIGINT before the first step"),
+    ],
+)
+def test_code_and_last_line_are_those_of_the_processes(
+    more: list[Told], received: list[int], code: int, line: str
+) -> None:
+    found = launcher._verdict(1, [*BOTH, *more], 2, received)
+    assert found[0] == code
+    assert re.match(rf".*{line}", found[1], re.DOTALL)
+
+
+def test_torchrun_that_starts_no_process_is_named() -> None:
+    assert launcher._verdict(7, [], 2, []) == (7, "error: torchrun ended with 7")
+
+
+def test_the_code_of_a_process_wins_over_that_of_torchrun(capfd: pytest.CaptureFixture[str]) -> None:
+    tell = "from llamafactory.extras.supervision import tell; tell(None); tell(74, 'error: no room')"
+    assert run_child(f"{tell}; raise SystemExit(1)") == 74
+    assert capfd.readouterr().err.splitlines()[-1] == "error: no room"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_echoes_of_a_signal_are_not_passed_on(tmp_path: Path) -> None:
+    """As from a terminal: the whole group gets it. The child, which is in a group of its own, gets each one once."""
+    child = (
+        "import pathlib, signal, sys, time\n"
+        "got = []\n"
+        "def note(number, frame):\n"
+        "    got.append(number)\n"
+        "    if len(got) == 2: print(*got, flush=True); sys.exit(1)\n"
+        "for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, note)\n"
+        f"pathlib.Path({str(tmp_path / 'ready')!r}).touch()\n"
+        "while True: time.sleep(0.05)\n"
+    )
+    parent = (
+        "import os, sys; from llamafactory import launcher\n"
+        "launcher._ECHO_SECONDS = 0.5\n"
+        f"sys.exit(launcher._run_child([sys.executable, '-c', {child!r}], os.environ))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", parent], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    while not (tmp_path / "ready").exists() and process.poll() is None:
+        time.sleep(0.02)
+    for pause in (0.0, 0.1, 0.9):
+        time.sleep(pause)
+        os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert out.split() == [str(int(signal.SIGINT))] * 2
+    assert process.returncode == 130, err
 
 
 @pytest.mark.long

@@ -5,20 +5,29 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from llamafactory.extras.supervision import VARIABLE as ENDINGS
+from llamafactory.extras.supervision import Told, endings_file, read_told, still_running, stop_with_parent, tell
+
 if TYPE_CHECKING:
     from llamafactory.hparams.run_config import RunConfig
 
 _CHILD_MODULE = "llamafactory.launcher"
+_ECHO_SECONDS = 2.0
+_SHUTDOWN_SECONDS = 900
+"""Once a save has begun, the disk decides; a process that does not get so far ends itself after `save_grace`."""
+_STOPPED = (130, 143)
+_OWN_FAULTS = (2, 3, 74)
+"""Exit codes of a process that found out by itself what is wrong; others may only suffer from what befell another."""
 _TORCH_SETTINGS = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "TORCH_NCCL_AVOID_RECORD_STREAMS": "1"}
 
 
@@ -38,7 +47,7 @@ def launch_train(argv: Sequence[str], config: RunConfig) -> int:
 
         return run_exp(config).exit_code
     command = torchrun_command(argv, os.environ, num_processes)
-    return _run_child(command, child_environment(os.environ), Path(config.train.output_dir or "."))
+    return _run_child(command, child_environment(os.environ), num_processes)
 
 
 def count_processes(environ: Mapping[str, str], config: RunConfig) -> int:
@@ -87,7 +96,8 @@ def torchrun_command(
 def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """The environment of torchrun; OPTIM_TORCH, on by default, adds settings that save GPU memory."""
     added = _TORCH_SETTINGS if is_on(environ.get("OPTIM_TORCH", "1")) else {}
-    return {"TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGQUIT", **added, **environ}  # a closed terminal: go on
+    signals = {"TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGQUIT"}  # a closed terminal: go on
+    return {**signals, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_SHUTDOWN_SECONDS), **added, **environ}
 
 
 def find_free_port() -> int:
@@ -124,46 +134,103 @@ def _read_count(environ: Mapping[str, str], name: str, default: int = 0) -> int:
     )
 
 
-def _run_child(command: Sequence[str], environment: Mapping[str, str], output_dir: Path | None = None) -> int:
-    """Start torchrun, pass SIGTERM on, wait. Ctrl+C reaches the child by itself; it needs time to save.
+def _run_child(command: Sequence[str], environment: Mapping[str, str], num_processes: int = 1) -> int:
+    """Starts torchrun in a group of its own, passes signals on, waits, and ends with the run's own code and last line.
 
-    torchrun ends with a trace and status 1 where a signal stops it; the run's own record tells what really happened.
+    A terminal's Ctrl+C, and programs like timeout(1), signal a whole group at once: torchrun would get every signal
+    twice, and leave its processes alone in the middle of their save.
     """
-    before = _record_of(output_dir)
-    child = subprocess.Popen(command, env=environment)
-    received: list[int] = []
+    with endings_file() as endings:
+        signals = _Signals()
+        with signals:
+            own_group = 0 if os.name == "posix" else None
+            child = subprocess.Popen(command, env={**environment, ENDINGS: str(endings)}, process_group=own_group)
+            signals.pass_on_to(child)
+            code = child.wait()
+            _wait_for_orphans(endings, signals)
+        told = read_told(endings)
+    code = code if code >= 0 else 128 - code
+    if not code:
+        return 0
+    code, line = _verdict(code, told, num_processes, signals.received)
+    if line:
+        print(line, file=sys.stderr)
+    return code
 
-    def note_and_pass_on(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        if number != signal.SIGINT:
-            child.send_signal(signal.SIGTERM)
 
-    names = ("SIGTERM", "SIGINT", "SIGUSR1")
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    handlers = {number: signal.signal(number, note_and_pass_on) for number in numbers}
-    try:
-        code = child.wait()
-    finally:
-        for number, handler in handlers.items():
+class _Signals:
+    """What asks this process to stop while its child runs.
+
+    The first one is passed on, and a second one, which stops at once; what comes right behind the first is its echo.
+    """
+
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self._since = 0.0
+        self._child: subprocess.Popen[bytes] | None = None
+        self._handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        names = ("SIGTERM", "SIGINT", "SIGUSR1")
+        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        self._handlers = {number: signal.signal(number, self._note) for number in numbers}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
-    if code and output_dir:
-        stopped_as = 130 if received and received[0] == signal.SIGINT else 143
-        record = _record_of(output_dir)
-        if record.get("state") == "interrupted" and record != before:
-            print(record.get("summary"), file=sys.stderr)
-            return int(record.get("exit_code", stopped_as))
-        if received and record == before:  # the processes ended before there was a run to write about
-            print(f"stopped by {signal.Signals(received[0]).name} before the first step", file=sys.stderr)
-            return stopped_as
-    return code if code >= 0 else 128 - code
+
+    def pass_on_to(self, child: subprocess.Popen[bytes]) -> None:
+        """Passes on what came so far, and what comes from now on."""
+        self._child = child
+        for number in self.received:
+            self._send(number)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.received and (now - self._since < _ECHO_SECONDS or len(self.received) > 1):
+            return
+        self.received.append(number)
+        self._since = now
+        self._send(number)
+
+    def _send(self, number: int) -> None:
+        if self._child is not None:
+            self._child.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
 
-def _record_of(output_dir: Path | None) -> dict[str, Any]:
-    """`run.json` of an output folder; empty where there is none."""
-    try:
-        return {} if output_dir is None else json.loads((output_dir / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
+def _wait_for_orphans(endings: Path, signals: _Signals) -> None:
+    """Where torchrun itself was killed, its processes save and stop; a new run could not begin before."""
+    until, num_signals = time.monotonic() + _SHUTDOWN_SECONDS, len(signals.received)
+    while still_running(read_told(endings)) and time.monotonic() < until and len(signals.received) == num_signals:
+        time.sleep(0.2)
+
+
+def _verdict(code: int, told: Sequence[Told], num_processes: int, received: Sequence[int]) -> tuple[int, str]:
+    """Exit code and last line of a run whose processes did not all end well.
+
+    Args:
+        code: of torchrun, which is 1 whatever happened below it.
+        told: by the processes, the first one first.
+        num_processes: how many there were on this machine.
+        received: signals that this process got.
+    """
+    stopped_as = _STOPPED[0 if received[0] == signal.SIGINT else 1] if received else None
+    ended = [(one.code, one) for one in told if one.code is not None]
+    failed = [(number, one) for number, one in ended if number not in (0, *_STOPPED)]
+    silent = [one for one in told if one.code is None and all(one.pid != other.pid for _, other in ended)]
+    if silent and not received and not any(number in _OWN_FAULTS for number, _ in failed):
+        who = ", ".join(f"rank {one.rank} (pid {one.pid})" for one in silent)
+        others = "".join(f"\nrank {one.rank}: {one.line}" for _, one in failed[:1])
+        return code, f"error: {who} ended without a word: kill -9, no memory left, or a crash in a library{others}"
+    if not failed and (received or len(ended) == num_processes):
+        failed = [(stopped_as or number, one) for number, one in ended if number]
+    if failed:
+        alike = [one for number, one in failed if number == failed[0][0]]
+        return failed[0][0], min(alike, key=lambda one: one.rank).line  # the first process knows most
+    if stopped_as:  # no process came so far that it could say something
+        return stopped_as, f"stopped by {signal.Signals(received[0]).name} before the first step"
+    return code, f"error: torchrun ended with {code}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -174,13 +241,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        with StopRequest():
-            return run_exp(load_config(words)).exit_code
+        with StopRequest() as stop:
+            stop_with_parent(lambda: bool(stop.signal))
+            result = run_exp(load_config(words))
+        code, line = result.exit_code, result.summary
     except StopSignal as stopped:
-        return stopped.exit_code
+        code, line = stopped.exit_code, f"{stopped} before the first step"
     except LlamaFactoryError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        code, line = error.exit_code, f"error: {error}"
+        print(line, file=sys.stderr)
+    except BaseException as error:
+        tell(1, f"error: {type(error).__name__}: {error}")
+        raise
+    tell(code, line)
+    return code
 
 
 if __name__ == "__main__":

@@ -127,6 +127,50 @@ def test_a_signal_ends_the_sampling_of_both_ranks(make_place):
     assert "stopped by SIGTERM after step 0 of " in text
 
 
+def test_a_second_ctrl_c_stops_at_once(make_place):
+    """As a terminal sends it, to the whole group; the first one is in the middle of its save."""
+    place = make_place(num_train_epochs="2000", save_steps="100000")
+    process = start(place, "twice", 2, fault="save.file:1:sleep=60")
+    try:
+        read_until(process, "step 3/")
+        ranks = ranks_of(process)
+        os.killpg(process.pid, signal.SIGINT)
+        read_until(process, "failpoint save.file:1")
+        time.sleep(2.5)
+        os.killpg(process.pid, signal.SIGINT)
+        _, text = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 130, text[-3000:]
+    assert text.rstrip().splitlines()[-1].startswith("stopped at once by a second "), text[-3000:]
+    assert not any(child.is_running() for child in ranks.values())
+
+
+def test_processes_whose_torchrun_is_killed_save_and_stop(make_place):
+    place = make_place(num_train_epochs="2000", save_steps="100000")
+    process = start(place, "orphans", 2)
+    try:
+        read_until(process, "step 3/")
+        ranks = ranks_of(process)
+        psutil.Process(process.pid).children()[0].kill()
+        _, text = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 143, text[-3000:]
+    assert re.search(r"stopped by SIGTERM after step \d+ of \d+, saved in ", text.rstrip().splitlines()[-1])
+    assert not psutil.wait_procs(list(ranks.values()), timeout=30)[1]
+    assert find_fault(place.folder / "orphans" / "last") is None
+
+
+def test_data_that_cannot_be_used_end_several_processes_with_3(make_place):
+    place = make_place()
+    (place.folder / "rows.json").write_text("{")
+    process = start(place, "broken", 2)
+    _, text = process.communicate(timeout=120)
+    assert process.returncode == 3, text[-3000:]
+    assert "rows.json" in text[text.rindex("error: ") :]
+
+
 FAILING = """
 import os
 from pathlib import Path
@@ -169,7 +213,7 @@ def test_a_signal_while_one_rank_tokenises_and_one_waits(make_place):
     finally:
         process.kill()
     assert process.returncode == 143, text[-3000:]
-    assert text.rstrip().splitlines()[-1] == "stopped by SIGTERM before the first step"
+    assert text.rstrip().splitlines()[-1].startswith("stopped by SIGTERM before the first step")
     assert not list((place.folder / "tokenising").glob("checkpoint-*"))
 
 

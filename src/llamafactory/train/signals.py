@@ -15,6 +15,7 @@ import time
 from types import FrameType, TracebackType
 
 from llamafactory.extras import log
+from llamafactory.extras.supervision import tell
 
 EXIT_NOT_SAVED = 74
 """EX_IOERR."""
@@ -151,6 +152,7 @@ def ignore_signals() -> None:
 
 def _end(code: int, line: str = "") -> None:
     """Ends the process where it stands. Files that are half written lie in a staging folder, which nobody reads."""
+    tell(code, line)
     try:
         os.write(2, f"{line}\n".encode() if line else b"")
     except OSError:

@@ -24,6 +24,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from llamafactory.extras import log
+from llamafactory.extras.supervision import tell
 from llamafactory.train.run_lock import boot_id
 
 if TYPE_CHECKING:
@@ -167,6 +168,7 @@ class Watchdog:
                 os.kill(beat["pid"], signal.SIGKILL)  # a stopped process hears nothing else
             except OSError:
                 pass
+        tell(EXIT_CODE, f"error: {reason}")
         time.sleep(0.5)
         os._exit(EXIT_CODE)
 
