@@ -7,24 +7,19 @@ import json
 import os
 import random
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 
 from llamafactory.extras.errors import LlamaFactoryError, SaveError
-from llamafactory.hparams.train import LrScheduler, TrainConfig
 from llamafactory.train.checkpoint import random_state
 from llamafactory.train.checkpoint.folders import list_checkpoints, newest_checkpoint, point, prune
-from llamafactory.train.checkpoint.manifest import find_fault
+from llamafactory.train.checkpoint.manifest import find_fault, seal
 from llamafactory.train.checkpoint.saver import Retention, SavePlan, Saver, publish, require_room
 from llamafactory.train.checkpoint.snapshot import Snapshot, restore_training
 from llamafactory.train.checkpoint.state import RunState, load_state
-from llamafactory.train.checkpoint.tensors import host_copy, load_optimizer, optimizer_state
-from llamafactory.train.loop import _plain
-from llamafactory.train.optim import build_optimizer
-from llamafactory.train.schedule import build_schedule, go_on
+from llamafactory.train.checkpoint.tensors import host_copy, optimizer_state
 
 STATE = RunState(
     run_id="a", step=3, epoch=0.5, scheduler={"last_epoch": 3, "_last_lr": [0.1]}, log_history=[{"loss": 1.5}],
@@ -86,67 +81,6 @@ def test_state_optimizer_and_random_numbers_come_back(tmp_path):
     assert (found[1] == expected[1]).all()
     assert found[2:] == expected[2:]
     assert [group["weight_decay"] for group in other.param_groups] == [0.1, 0.01]
-
-
-OPTIMIZERS = get_args(TrainConfig.model_fields["optim"].annotation)
-
-
-@pytest.mark.parametrize(
-    ("optim", "kind", "dtype"),
-    [(optim, kind, torch.float32) for optim in OPTIMIZERS for kind in get_args(LrScheduler)]
-    + [(optim, "linear", torch.bfloat16) for optim in OPTIMIZERS],
-)
-def test_each_optimizer_and_schedule_goes_on_as_if_nothing_had_been(optim, kind, dtype):
-    kwargs = {"min_lr_rate": 0.1} if "min_lr" in kind else {"num_cycles": 3} if "restarts" in kind else None
-    cfg = TrainConfig(
-        optim=optim, lr_scheduler_type=kind, lr_scheduler_kwargs=kwargs, warmup_steps=2, weight_decay=0.1,
-        learning_rate=0.02,
-    )  # fmt: skip
-
-    def begin():
-        torch.manual_seed(0)
-        model = torch.nn.Linear(4, 3).to(dtype)
-        optimizer = build_optimizer(model, cfg, device="cpu")
-        return model, optimizer, build_schedule(optimizer, cfg, total_steps=12)
-
-    def train(model, optimizer, schedule, count):
-        for _ in range(count):
-            take_steps(optimizer, 1)
-            schedule.step()
-        return [parameter.detach().clone() for parameter in model.parameters()]
-
-    whole = begin()
-    train(*whole, 5)
-    saved, rates = optimizer_state(whole[1]), _plain(whole[2].state_dict())
-    weights, state = [parameter.detach().clone() for parameter in whole[0].parameters()], torch.get_rng_state()
-    expected = train(*whole, 5)
-    again = begin()
-    for parameter, value in zip(again[0].parameters(), weights, strict=True):
-        parameter.data = value
-    load_optimizer(again[1], saved)
-    go_on(again[2], rates)
-    torch.set_rng_state(state)
-    assert all(torch.equal(found, wanted) for found, wanted in zip(train(*again, 5), expected, strict=True))
-
-
-def test_changed_options_of_the_optimizer_count_and_the_schedule_keeps_its_step():
-    def begin(**options):
-        cfg = TrainConfig(optim="adamw_torch", **options)
-        optimizer = build_optimizer(torch.nn.Linear(4, 3), cfg, device="cpu")
-        return optimizer, build_schedule(optimizer, cfg, total_steps=10)
-
-    old, rates = begin(learning_rate=1.0, weight_decay=0.1)
-    for _ in range(4):
-        old.step()
-        rates.step()
-    new, schedule = begin(learning_rate=0.1, weight_decay=0.3)
-    load_optimizer(new, optimizer_state(old))
-    go_on(schedule, _plain(rates.state_dict()))
-    assert [group["weight_decay"] for group in new.param_groups] == [0.3, 0.0]
-    assert [group["lr"] for group in new.param_groups] == schedule.get_last_lr() == [0.1 * 0.6] * 2
-    new.step()
-    schedule.step()
-    assert schedule.get_last_lr() == [0.1 * 0.5] * 2
 
 
 def test_a_restored_optimizer_takes_the_same_steps(tmp_path):
@@ -390,3 +324,36 @@ def test_there_is_no_pickle_in_a_checkpoint(tmp_path):
     assert {path.suffix for path in folder.iterdir()} == {".safetensors", ".json"}
     manifest = json.loads((folder / "MANIFEST.json").read_text())
     assert set(manifest["files"]) == set(FILES)
+
+
+def test_a_whole_state_is_newer_than_weights_alone(tmp_path, capsys):
+    whole = save(tmp_path, step=3)
+    weights, _ = publish(SavePlan(output_dir=tmp_path), snapshot_of(dataclasses.replace(STATE, step=5)))
+    assert newest_checkpoint(tmp_path, "a") == whole
+    assert f"{weights} is not used: it holds weights only" in capsys.readouterr().err
+    (whole / "weights.safetensors").unlink()
+    assert newest_checkpoint(tmp_path, "a") == weights  # what resumes from it says what to do
+
+
+@pytest.mark.parametrize(
+    "name", ["adapter_config.json", "config.json", "model.safetensors.index.json", "a/b.safetensors"]
+)
+def test_a_file_that_a_loader_would_read_beside_those_of_a_checkpoint_is_a_fault(tmp_path, name):
+    folder = save(tmp_path)
+    (folder / "notes.txt").write_text("said something")
+    assert find_fault(folder) is None
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("{}")
+    assert find_fault(folder, hashes=False).startswith(f"{name} is not of this checkpoint")
+
+
+@pytest.mark.parametrize("name", ["trainer_state.json", "optimizer.safetensors", "rng_state.safetensors"])
+def test_what_was_saved_wrong_is_one_clear_error(tmp_path, name):
+    folder = save(tmp_path)
+    (folder / name).write_text("{}")
+    (folder / "MANIFEST.json").unlink()
+    seal(folder, {"run_id": "a", "step": 3})
+    assert find_fault(folder) is None
+    read = load_state if name == "trainer_state.json" else lambda folder: restore_training(folder, make_optimizer())
+    with pytest.raises(LlamaFactoryError, match="checkpoint-3 cannot be used: its files are as they were saved"):
+        read(folder)

@@ -14,6 +14,8 @@ from llamafactory.extras.files import fsync
 from llamafactory.train.checkpoint.manifest import find_fault, read_facts
 
 _NAME = re.compile(r"checkpoint-(\d+)")
+OPTIMIZER = "optimizer.safetensors"
+"""What a checkpoint holds from which training can go on."""
 STAGING, TRASH = ".staging-", ".trash-"
 
 
@@ -33,6 +35,8 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 def newest_checkpoint(output_dir: Path, run_id: str | None = None) -> Path | None:
     """The newest checkpoint that verifies, or None where there is none at all.
 
+    One with weights only is taken where none that verifies holds a whole state.
+
     Args:
         output_dir: of the run.
         run_id: only checkpoints of this run count; those of others are named and left alone. None takes any.
@@ -40,17 +44,26 @@ def newest_checkpoint(output_dir: Path, run_id: str | None = None) -> Path | Non
     Raises:
         LlamaFactoryError: there are checkpoints, and none of them verifies.
     """
-    broken = 0
+    broken, weights = 0, None
     for folder in reversed(by_age(list_checkpoints(output_dir))):
         owner = read_facts(folder).get("run_id")
         if run_id is not None and owner is not None and owner != run_id:
             log.warn(f"{folder} is not used: another run wrote it ({owner})")
             continue
         fault = find_fault(folder)
-        if fault is None:
+        if fault is None and OPTIMIZER in read_facts(folder)["files"]:
+            if weights is not None:
+                log.warn(
+                    f"{weights} is not used: it holds weights only (save_only_model), {folder.name} a whole state"
+                )
             return folder
+        if fault is None:
+            weights = weights or folder
+            continue
         broken += 1
         log.warn(f"{folder} is not used: {fault}")
+    if weights is not None:
+        return weights
     if broken:
         raise LlamaFactoryError(
             f"{output_dir}: none of {broken} checkpoints is intact. Restore one from a backup, or start "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -15,6 +16,7 @@ MANIFEST = "MANIFEST.json"
 FORMAT = 2
 """1: random state of the first process only. 2: of every process, and a cursor of the data."""
 
+_READ = re.compile(r"(adapter_)?config\.json|.*\.safetensors(\.index\.json)?")
 _READERS = 4
 """Files that are hashed at a time."""
 
@@ -68,11 +70,19 @@ def find_fault(folder: Path, *, hashes: bool = True) -> str | None:
     for name, expected in files.items():
         if (fault := _fault_of_file(folder / name, expected, hashes=False)) is not None:
             return f"{name} {fault}"
+    if (stranger := _stranger(folder, files)) is not None:
+        return f"{stranger} is not of this checkpoint ({MANIFEST} does not name it), and would be read: take it out"
     if not hashes:
         return None
     with ThreadPoolExecutor(_READERS) as readers:  # hashing leaves the interpreter to the other threads
         faults = readers.map(lambda item: _fault_of_file(folder / item[0], item[1], hashes=True), files.items())
         return next((f"{name} {fault}" for name, fault in zip(files, faults, strict=True) if fault is not None), None)
+
+
+def _stranger(folder: Path, files: Mapping[str, Any]) -> str | None:
+    """A file that was put into a checkpoint, and that a loader of models, adapters or shards may read."""
+    names = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")))
+    return next((name for name in names if name not in files and _READ.fullmatch(name)), None)
 
 
 def _files_of(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

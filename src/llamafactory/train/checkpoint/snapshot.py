@@ -13,18 +13,18 @@ from safetensors.torch import load_file, save_file
 from llamafactory.extras import failpoints
 from llamafactory.extras.errors import LlamaFactoryError
 from llamafactory.train.checkpoint import random_state
+from llamafactory.train.checkpoint.folders import OPTIMIZER
 from llamafactory.train.checkpoint.shards import OPTIMIZER_SHARDS, move_in, read_optimizer_shards, spread
-from llamafactory.train.checkpoint.state import STATE, RunState, read_document, write_state
+from llamafactory.train.checkpoint.state import STATE, RunState, read_document, reading, write_state
 from llamafactory.train.checkpoint.tensors import OptimizerState, load_optimizer
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-_OPTIMIZER = "optimizer.safetensors"
 _RNG = "rng_state.safetensors"
 EXPERIENCE = "experience.safetensors"
 """The rollout in whose middle a checkpoint lies; written by the stages that have rollouts."""
-TRAINING_FILES = frozenset({_OPTIMIZER, _RNG, STATE, OPTIMIZER_SHARDS, EXPERIENCE})
+TRAINING_FILES = frozenset({OPTIMIZER, _RNG, STATE, OPTIMIZER_SHARDS, EXPERIENCE})
 """Files and folders of a checkpoint that are no part of the model."""
 
 
@@ -55,7 +55,7 @@ class Snapshot:
         if self.optimizer is None:
             write_state(folder, self.state, param_groups=[])
             return
-        save_file(self.optimizer.tensors, folder / _OPTIMIZER)
+        save_file(self.optimizer.tensors, folder / OPTIMIZER)
         failpoints.visit("save.file")
         save_file(self.generators, folder / _RNG)
         failpoints.visit("save.file")
@@ -77,15 +77,20 @@ def restore_training(folder: Path, optimizer: Optimizer, rank: int = 0) -> bool:
         LlamaFactoryError: the checkpoint holds weights only, or lacks a file that exact training needs.
     """
     failpoints.visit("load")
-    if not (folder / _OPTIMIZER).is_file():
+    if not (folder / OPTIMIZER).is_file():
         raise LlamaFactoryError(
             f"{folder} holds weights only (save_only_model), so training cannot continue from it exactly. Give it as "
             "adapter_name_or_path (or model_name_or_path) of a new run instead."
         )
+    with reading(folder):
+        return _restore(folder, optimizer, rank)
+
+
+def _restore(folder: Path, optimizer: Optimizer, rank: int) -> bool:
     document = read_document(folder)
     saved = OptimizerState(
         tensors={
-            **spread(load_file(folder / _OPTIMIZER), optimizer),
+            **spread(load_file(folder / OPTIMIZER), optimizer),
             **read_optimizer_shards(folder, optimizer),
         },
         values=document.get("optimizer_values", {}),

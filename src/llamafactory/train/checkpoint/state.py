@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
+
+from llamafactory.extras.errors import LlamaFactoryError
 
 STATE = "trainer_state.json"
 
@@ -89,9 +94,33 @@ def read_document(folder: Path) -> dict[str, Any]:
     return json.loads((folder / STATE).read_text(encoding="utf-8"))
 
 
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Turns what a verified checkpoint holds, and cannot be, into one clear error.
+
+    Raises:
+        LlamaFactoryError: its files are those of its manifest, but not what this program writes.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
+        raise LlamaFactoryError(
+            f"{folder} cannot be used: its files are as they were saved, but hold something else than they should "
+            f"({type(error).__name__}: {error}). resume_from_checkpoint takes an older one."
+        ) from error
+
+
 def load_state(folder: Path) -> RunState:
-    """Reads the state of a verified checkpoint."""
-    document = read_document(folder)
+    """Reads the state of a verified checkpoint.
+
+    Raises:
+        LlamaFactoryError: it holds something else.
+    """
+    with reading(folder):
+        return _state_of(read_document(folder))
+
+
+def _state_of(document: Mapping[str, Any]) -> RunState:
     return RunState(
         run_id=document["run_id"],
         step=document["global_step"],
