@@ -103,7 +103,7 @@ def change_world(
     tmpfs: tuple[str, str] | tuple[str, str, bool] | None = None,
     readonly_when: tuple[str, str] | None = None,
     closed_stderr: bool = False,
-    audit: str | None = None,
+    clock: tuple[float, int] | None = None,
     then: list[list[str]] | None = None,
 ) -> None:
     """Makes this process live in a worse world.
@@ -113,7 +113,7 @@ def change_world(
         tmpfs: a folder that becomes a disk of its own, its size, whether it is read-only; only this process sees it.
         readonly_when: a folder that can no longer be written once another path is there, as a disk with errors.
         closed_stderr: nobody reads what it says.
-        audit: file that gets a line for each use of a network socket.
+        clock: seconds by which the time of day jumps, and the step at whose beginning it does; 0: from the start.
         then: commands that run afterwards in the same process.
     """
     if fsize:
@@ -127,9 +127,26 @@ def change_world(
         reader, writer = os.pipe()
         os.close(reader)
         os.dup2(writer, 2)
-    if audit:
-        descriptor = os.open(audit, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        sys.addaudithook(lambda event, arguments: note_socket(descriptor, event, arguments))
+    if clock:
+        jump_clock(*clock)
+
+
+def jump_clock(seconds: float, step: int) -> None:
+    """Sets the time of day, as a program sees it; the clock that only runs on stays as it is."""
+    from llamafactory.train import loop
+
+    now, original = time.time, loop._Run.train_step
+    jumps = [seconds] if step == 0 else []
+    time.time = lambda: now() + sum(jumps)
+    time.time_ns = lambda: int((now() + sum(jumps)) * 1e9)
+
+    def jumping(run: Any) -> None:
+        if run.step + 1 == step and not jumps:
+            jumps.append(seconds)
+            print(f"the clock jumps by {seconds} s", flush=True)
+        original(run)
+
+    loop._Run.train_step = jumping
 
 
 def note_socket(descriptor: int, event: str, arguments: tuple[Any, ...]) -> None:

@@ -7,7 +7,11 @@ import os
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -49,27 +53,53 @@ def remote_lock(folder: Path, age: float) -> Path:
     return path
 
 
-def test_a_silent_lock_of_another_machine_is_taken_over(tmp_path: Path) -> None:
-    remote_lock(tmp_path, age=1000)
-    assert is_held(tmp_path) is None  # only the other machine knows
+@pytest.fixture
+def naps(monkeypatch: pytest.MonkeyPatch) -> Naps:
+    """Time that passes only while this module sleeps."""
+    found = Naps()
+    clock = SimpleNamespace(sleep=found.sleep, monotonic=lambda: found.passed, time=time.time)
+    monkeypatch.setattr(run_lock, "time", clock)
+    return found
+
+
+@dataclass
+class Naps:
+    """What happens while somebody sleeps: `events` maps a moment, in seconds, to what is done then."""
+
+    passed: float = 0.0
+    events: dict[float, Callable[[], None]] = field(default_factory=dict)
+
+    def sleep(self, seconds: float) -> None:
+        self.passed += seconds
+        for moment in [moment for moment in self.events if moment <= self.passed]:
+            self.events.pop(moment)()
+
+
+DAY = 86_400.0
+
+
+@pytest.mark.parametrize(("age", "waited"), [(1000, 25), (30, 30), (50, 25), (DAY, 25), (-DAY, 60)])
+def test_a_silent_lock_of_another_machine_is_watched_and_taken_over(
+    tmp_path: Path, naps: Naps, age: float, waited: float
+) -> None:
+    remote_lock(tmp_path, age=age)
+    assert is_held(tmp_path) is (True if abs(age) < 60 else None)  # only the other machine knows
     with RunLock(tmp_path):
         assert read_holder(tmp_path / LOCK_FILE)["pid"] == os.getpid()
+    assert naps.passed == pytest.approx(waited, abs=1.0)
 
 
-def test_a_touched_lock_of_another_machine_is_respected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = remote_lock(tmp_path, age=30)
-    assert is_held(tmp_path)
-    naps: list[float] = []
-
-    def touched_meanwhile(seconds: float) -> None:
-        naps.append(seconds)
-        if len(naps) == 3:
-            os.utime(path)
-
-    monkeypatch.setattr(run_lock.time, "sleep", touched_meanwhile)
+@pytest.mark.parametrize("jump", [0.0, DAY, -DAY])
+def test_a_touched_lock_of_another_machine_is_respected_whatever_the_clock_says(
+    tmp_path: Path, naps: Naps, jump: float
+) -> None:
+    """The clock jumps after the holder's last touch: the lock looks a day old, or of tomorrow."""
+    path = remote_lock(tmp_path, age=9 + jump)
+    touched = path.stat().st_mtime + jump + 10
+    naps.events[1.0] = lambda: os.utime(path, (touched, touched))
     with pytest.raises(ConfigError, match="pid 7 on elsewhere, started today"):
         RunLock(tmp_path).take()
-    assert len(naps) == 3
+    assert naps.passed < 2.0
     assert [file.name for file in tmp_path.iterdir()] == [LOCK_FILE]
 
 

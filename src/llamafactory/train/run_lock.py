@@ -31,6 +31,8 @@ LOOK_SECONDS = 0.3
 """A lock that goes away within so long was only looked at."""
 SILENT_SECONDS = 60.0
 """A lock of another machine that was not touched for so long is stale."""
+WATCHED_SECONDS = 2.5 * TOUCH_SECONDS
+"""At least so long it is watched before it is taken over: its age depends on clocks, which may have jumped."""
 
 
 class RunLock:
@@ -129,7 +131,7 @@ class RunLock:
                 return
 
     def _wait_for_silence(self, holder: dict[str, Any]) -> None:
-        """Waits as long as the lock of another machine may still be touched.
+        """Waits as long as the lock of another machine may still be touched; how long is measured on this one.
 
         Raises:
             ConfigError: it was.
@@ -139,9 +141,9 @@ class RunLock:
         probe.touch()  # the clock of the disk, which may not be ours
         age = probe.stat().st_mtime - first
         probe.unlink()
-        if age < SILENT_SECONDS:
-            log.info(f"{self._path} is held by {_describe(holder)}: waiting for a sign of life")
-        until = time.monotonic() + SILENT_SECONDS - age
+        wait = min(max(SILENT_SECONDS - age, WATCHED_SECONDS), SILENT_SECONDS)
+        log.info(f"{self._path} is held by {_describe(holder)}: waiting up to {wait:.0f} s for a sign of life")
+        until = time.monotonic() + wait
         while time.monotonic() < until:
             time.sleep(0.5)
             if self._path.stat().st_mtime != first:
@@ -165,7 +167,7 @@ def is_held(output_dir: Path) -> bool | None:
         return False
     try:
         if not _is_here(holder):
-            return True if time.time() - path.stat().st_mtime < SILENT_SECONDS else None
+            return True if abs(time.time() - path.stat().st_mtime) < SILENT_SECONDS else None
         if fcntl is None:
             return _is_alive(holder.get("pid"))
         descriptor = os.open(path, os.O_RDONLY)
