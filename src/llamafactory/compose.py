@@ -15,7 +15,7 @@ from pathlib import Path
 
 from llamafactory.extras.errors import ConfigError, DataError, Problem
 from llamafactory.extras.log import note, warn
-from llamafactory.extras.network import go_offline
+from llamafactory.extras.network import go_offline, send_no_telemetry
 from llamafactory.extras.suggest import did_you_mean
 from llamafactory.hparams.checks import CHECKS
 from llamafactory.hparams.known_keys import load_known_keys
@@ -61,6 +61,7 @@ def load_config(source: Source, *, command: str = "train") -> RunConfig:
     Raises:
         ConfigError: with all problems.
     """
+    send_no_telemetry()
     resolution = resolve_config(source, command=command)
     for text in resolution.notes:
         if text.startswith("warning: "):

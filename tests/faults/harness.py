@@ -25,10 +25,11 @@ PATIENCE = 120.0
 class Zygote:
     """Starts runs as real processes that need no imports; see `zygote.py`."""
 
-    def __init__(self) -> None:
+    def __init__(self, **more: str) -> None:
+        """Imports everything; `more` are variables of the environment."""
         environment = os.environ | {
             "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg",
-            "TOKENIZERS_PARALLELISM": "false",
+            "TOKENIZERS_PARALLELISM": "false", **more,
         }  # fmt: skip
         self._child = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("zygote.py"))],
@@ -326,9 +327,9 @@ def kill_at_random(place: Place, name: str, kills: int, span: float, rng: random
 
 
 @contextmanager
-def zygote() -> Iterator[Zygote]:
+def zygote(**environment: str) -> Iterator[Zygote]:
     """A zygote that ends with the block."""
-    one = Zygote()
+    one = Zygote(**environment)
     try:
         yield one
     finally:

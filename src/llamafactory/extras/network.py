@@ -1,4 +1,4 @@
-"""The switch that keeps every library off the network."""
+"""The switches that keep libraries off the network, and from telling about this machine."""
 
 from __future__ import annotations
 
@@ -8,11 +8,16 @@ from importlib import import_module
 from importlib.util import find_spec
 
 
+def send_no_telemetry() -> None:
+    """Keeps the hub's client from asking and telling who uses it, unless HF_HUB_DISABLE_TELEMETRY says otherwise."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
 def go_offline() -> None:
     """Makes the hub and data-set libraries use local files only; call it before they are imported."""
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
         os.environ[name] = "1"
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    send_no_telemetry()
     _import_urllib3_without_socket()
 
 

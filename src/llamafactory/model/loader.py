@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from llamafactory.extras.errors import LlamaFactoryError
+from llamafactory.extras.hub import explain, is_of_network
 from llamafactory.model.embedded import resolve_model_path
+from llamafactory.model.hub import Revision, find_revision
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from llamafactory.hparams.model import ModelConfig
 
 T = TypeVar("T")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+"""Never loaded, so never downloaded."""
 
 
 def load_tokenizer(cfg: ModelConfig, *, eos_token: str | None = None) -> PreTrainedTokenizerFast:
@@ -33,7 +37,7 @@ def load_tokenizer(cfg: ModelConfig, *, eos_token: str | None = None) -> PreTrai
     path = model_path(cfg)
     override = {"eos_token": eos_token} if eos_token else {}
     tokenizer = _loading(
-        cfg, lambda: AutoTokenizer.from_pretrained(path, use_fast=True, **_hub_options(cfg), **override)
+        path, lambda: AutoTokenizer.from_pretrained(path, use_fast=True, **_hub_options(cfg, path), **override)
     )
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise LlamaFactoryError(
@@ -44,9 +48,9 @@ def load_tokenizer(cfg: ModelConfig, *, eos_token: str | None = None) -> PreTrai
         raise LlamaFactoryError(f"{cfg.model_name_or_path}: the tokenizer has no end token (eos_token).")
     if tokenizer.pad_token_id is None:
         tokenizer = _loading(
-            cfg,
+            path,
             lambda: AutoTokenizer.from_pretrained(
-                path, use_fast=True, pad_token=tokenizer.eos_token, **_hub_options(cfg), **override
+                path, use_fast=True, pad_token=tokenizer.eos_token, **_hub_options(cfg, path), **override
             ),
         )
     return tokenizer
@@ -57,7 +61,7 @@ def load_model_config(cfg: ModelConfig) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     path = model_path(cfg)
-    return _loading(cfg, lambda: AutoConfig.from_pretrained(path, **_hub_options(cfg)))
+    return _loading(path, lambda: AutoConfig.from_pretrained(path, **_hub_options(cfg, path)))
 
 
 def load_model(
@@ -99,8 +103,10 @@ def load_model(
             )
         options |= {"quantization_config": quantization, "device_map": {"": device or "cpu"}}
         quantised = _loading(
-            cfg,
-            lambda: AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, **_hub_options(cfg), **options),
+            path,
+            lambda: AutoModelForCausalLM.from_pretrained(
+                path, use_safetensors=True, **_hub_options(cfg, path), **options
+            ),
         )
         for parameter in quantised.parameters():
             if parameter.is_floating_point() and parameter.device.type == "cpu":
@@ -113,8 +119,10 @@ def load_model(
             _fill_from_shards(model, shards)
     else:
         model = _loading(
-            cfg,
-            lambda: AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, **_hub_options(cfg), **options),
+            path,
+            lambda: AutoModelForCausalLM.from_pretrained(
+                path, use_safetensors=True, **_hub_options(cfg, path), **options
+            ),
         )
     return cast("Any", model).to(device) if device else model
 
@@ -137,10 +145,11 @@ def load_classifier(cfg: ModelConfig, *, dtype: str, attention: str) -> PreTrain
 
     if attention == segment_attention.NAME:
         segment_attention.register()
+    path = model_path(cfg)
     model, found = _loading(
-        cfg,
+        path,
         lambda: AutoModelForSequenceClassification.from_pretrained(
-            model_path(cfg), use_safetensors=True, **_hub_options(cfg), dtype=getattr(torch, dtype),
+            path, use_safetensors=True, **_hub_options(cfg, path), dtype=getattr(torch, dtype),
             attn_implementation=attention, output_loading_info=True,
         ),
     )  # fmt: skip
@@ -203,28 +212,41 @@ def adapter_folders(cfg: ModelConfig) -> tuple[Path, ...]:
 def _download(cfg: ModelConfig, name: str) -> Path:
     from huggingface_hub import snapshot_download
 
+    revision = _revision(cfg, name, revision="main")
     return Path(
         _loading(
-            cfg,
+            name,
             lambda: snapshot_download(
-                name, cache_dir=cfg.cache_dir, token=cfg.hf_hub_token, local_files_only=cfg.offline
+                name, revision=revision.name, cache_dir=cfg.cache_dir, token=cfg.hf_hub_token,
+                local_files_only=revision.is_local, ignore_patterns=list(_PICKLES),
             ),
         )
-    )
+    )  # fmt: skip
 
 
-def _hub_options(cfg: ModelConfig) -> dict[str, Any]:
-    """Options that every `from_pretrained` call gets, so that a revision applies to each file."""
+def _revision(cfg: ModelConfig, name: str, *, revision: str) -> Revision:
+    return find_revision(name, revision=revision, cache_dir=cfg.cache_dir, token=cfg.hf_hub_token, offline=cfg.offline)
+
+
+def _hub_options(cfg: ModelConfig, path: str) -> dict[str, Any]:
+    """Options that every `from_pretrained` call gets, so that each file is of the same commit.
+
+    Raises:
+        LlamaFactoryError: the hub gives no answer, or refuses.
+    """
+    revision = Revision(name=cfg.model_revision, is_local=cfg.offline)
+    if not Path(path).is_dir():
+        revision = _revision(cfg, path, revision=cfg.model_revision)
     return {
-        "revision": cfg.model_revision,
+        "revision": revision.name,
         "cache_dir": cfg.cache_dir,
         "token": cfg.hf_hub_token,
         "trust_remote_code": cfg.trust_remote_code,
-        "local_files_only": cfg.offline,
+        "local_files_only": revision.is_local,
     }
 
 
-def _loading(cfg: ModelConfig, load: Callable[[], T]) -> T:
+def _loading(name: str, load: Callable[[], T]) -> T:
     """Runs a loading call and turns the library's long traces into one message; its bars show on a terminal only."""
     from transformers.utils import logging as library_log
 
@@ -232,10 +254,22 @@ def _loading(cfg: ModelConfig, load: Callable[[], T]) -> T:
         library_log.disable_progress_bar()
     try:
         return load()
-    except (OSError, ValueError, KeyError) as error:
-        first_line = str(error).strip().split("\n")[0]
-        raise LlamaFactoryError(
-            f"model_name_or_path: cannot load {cfg.model_name_or_path!r}: {type(error).__name__}: {first_line}\n"
-            "Give a folder that holds config.json, tokenizer.json and *.safetensors, a hub id that this machine can "
-            "reach, or SmolLM2-135M-Instruct, which comes with the project."
-        ) from error
+    except LlamaFactoryError:
+        raise
+    except Exception as error:  # of the hub's client or of the network too, where it is no folder
+        if Path(name).is_dir() and not isinstance(error, OSError | ValueError | KeyError):
+            raise
+        raise _failure(name, error) from error
+
+
+def _failure(name: str, error: Exception) -> LlamaFactoryError:
+    """One message for whatever a library complained about."""
+    if is_of_network(error):
+        what, fix = explain(error, name)
+        return LlamaFactoryError(f"cannot load {name!r} from the hub: {what}\n    fix:     {fix}")
+    first_line = str(error).strip().split("\n")[0]
+    return LlamaFactoryError(
+        f"cannot load {name!r}: {type(error).__name__}: {first_line}\n"
+        "Give a folder that holds config.json, tokenizer.json and *.safetensors, a hub id that this machine can "
+        "reach, or SmolLM2-135M-Instruct, which comes with the project."
+    )

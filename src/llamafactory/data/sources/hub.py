@@ -6,19 +6,24 @@ reads as it reads any folder.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from llamafactory.data.sources.row import SourceRow
 from llamafactory.data.types import DatasetSpec, SourceAccess
 from llamafactory.extras.errors import DataError
+from llamafactory.extras.hub import HubError, ask_hub, bound_waits, explain, is_of_network
+from llamafactory.extras.log import debug, warn
 from llamafactory.extras.packages import install_hint, is_installed
 
 _LABELS = {"hub": "the hub", "modelscope": "ModelScope", "openmind": "OpenMind"}
 PACKAGES = {"modelscope": "modelscope", "openmind": "openmind_hub"}
 """Source -> the module that it needs; the extra that installs it has the source's name."""
 INFO_NAME = "dataset_info.json"
+_ON = {"1", "ON", "YES", "TRUE"}
 
 
 def check_hub(source: str, where: str) -> None:
@@ -40,16 +45,62 @@ def read_hub(spec: DatasetSpec) -> Iterator[SourceRow]:
     """
     check_hub(spec.source, spec.name)
     try:
-        rows = _load(spec)
+        rows = _open(spec)
         for number, values in enumerate(rows, start=1):
             yield SourceRow(origin=f"{spec.name}#{number}", values=values)
     except Exception as error:  # whatever the hub, the network or the loader raised
+        found, fix = _explain(error, spec.location)
         raise DataError(
             f"the data set cannot be loaded from {_LABELS[spec.source]}",
             where=f"{spec.name} ({spec.location})",
-            found=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}",
-            fix="check the name and the network; a local copy works through file_name",
+            found=found,
+            fix=f"{fix}; a local copy works through file_name",
         ) from error
+
+
+def _explain(error: BaseException, repository: str) -> tuple[str, str]:
+    """What is wrong, and what to do; errors that are not of the network keep their words."""
+    if isinstance(error, HubError):
+        return error.what, error.fix
+    if is_of_network(error):
+        return explain(error, f"datasets/{repository}")
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}", "check the name and the network"
+
+
+def _open(spec: DatasetSpec) -> Any:
+    """The data set; what `datasets` keeps of it on this machine where the hub does not answer, or refuses.
+
+    Raises:
+        HubError: there is no answer, or a refusal, and nothing is kept.
+    """
+    access = spec.access
+    if spec.source in PACKAGES or access.is_offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in _ON:
+        return _load(spec)
+    try:
+        ask_hub(spec.location, "dataset", revision=None, token=access.hf_token, is_patient=False)
+    except HubError as error:
+        with _from_cache_only():
+            try:
+                rows = _load(spec)
+                warn(f"{spec.location}: {error.what}. The copy on this machine is used", once=True)
+                return rows
+            except Exception as failure:  # nothing is kept: whatever `datasets` says of that
+                debug(f"{spec.location}: {failure}")
+        ask_hub(spec.location, "dataset", revision=None, token=access.hf_token, is_patient=True)
+    return _load(spec)
+
+
+@contextmanager
+def _from_cache_only() -> Iterator[None]:
+    """`datasets` asks nobody; else it waits for minutes before it looks at what it has."""
+    from datasets import config
+
+    before = config.HF_HUB_OFFLINE
+    config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        config.HF_HUB_OFFLINE = before
 
 
 def _load(spec: DatasetSpec) -> Any:
@@ -101,6 +152,7 @@ def download_registry(repository: str, access: SourceAccess) -> Path:
     """
     from huggingface_hub import hf_hub_download
 
+    bound_waits()
     try:
         return Path(
             hf_hub_download(
@@ -113,9 +165,10 @@ def download_registry(repository: str, access: SourceAccess) -> Path:
             )
         )
     except Exception as error:  # whatever the hub or the network raised
+        found, fix = _explain(error, repository)
         raise DataError(
             f"{INFO_NAME} cannot be loaded from the hub",
             where=f"REMOTE:{repository}",
-            found=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}",
-            fix="check the name and the network; a local copy works through dataset_dir",
+            found=found,
+            fix=f"{fix}; a local copy works through dataset_dir",
         ) from error
