@@ -24,7 +24,13 @@ class Options(PreferenceOptions):
 
 
 def prepare(models: Models, batch: AnswerBatch, options: Options) -> tuple[Tensor, AnswerBatch]:
-    """Sum of the log ratios of mismatched answers, and their number: `[2]`; the batch has its reference afterwards."""
+    """Sum of the log ratios of mismatched answers, and their number: `[2]`; the batch has its reference afterwards.
+
+    The policy's pass runs the prompt `p` anew, although the loss runs it too. One pass with gradients would carry the
+    mismatched answer `m` through the backward as well: the work of 3p + 3a + 3m tokens in place of 4p + 3a + m, which
+    is more wherever answers are longer than half their prompt. And the losses of a step need this sum over all batches
+    of it, so that the graphs of all of them would have to be kept until then.
+    """
     import torch
 
     from llamafactory.train.answers import per_answer, policy_logps
