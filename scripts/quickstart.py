@@ -6,6 +6,7 @@ python scripts/quickstart.py [key=value ...]      # for example data_variables='
 from __future__ import annotations
 
 import gc
+import shlex
 import sys
 import textwrap
 import time
@@ -46,8 +47,8 @@ def main(overrides: list[str]) -> int:
     after = ask(*trained)
     show(before, after)
     print(f"loss curve   {folder / 'training_loss.png'}")
-    print(f"talk to it   llamafactory-cli chat {' '.join(trained)}")
-    print(f"merge it     llamafactory-cli export {' '.join(trained)} export_dir={folder}-merged")
+    print(f"talk to it   {shlex.join(['llamafactory-cli', 'chat', *trained])}")
+    print(f"merge it     {shlex.join(['llamafactory-cli', 'export', *trained, f'export_dir={folder}-merged'])}")
     print(f"\nwhole tour: {time.monotonic() - started:.0f} s, training: {result.metrics['train_runtime']:.0f} s")
     return 0
 
