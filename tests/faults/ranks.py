@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from tests.faults.harness import Outcome, Place, Run
 
 PATIENCE = 240.0
+GRACE = 3.0
+"""Seconds between the end of one process and kill -9 of the others; torchrun gives more."""
 
 
 @dataclass
@@ -23,9 +27,11 @@ class Ranks:
     def wait(self, seconds: float = PATIENCE) -> list[int]:
         """The exit codes, by rank."""
         until = time.monotonic() + seconds
-        while any(run.poll() is None for run in self.runs):
+        failed_at = math.inf
+        while None in [run.poll() for run in self.runs]:
             if any(run.code for run in self.runs):
-                time.sleep(0.2)
+                failed_at = min(failed_at, time.monotonic())
+            if time.monotonic() > failed_at + GRACE:
                 self.kill()
             if time.monotonic() > until:
                 self.kill()
@@ -48,8 +54,25 @@ class Ranks:
         return "\n".join(f"rank {rank}:\n{run.text}" for rank, run in enumerate(self.runs))
 
 
-def begin(place: Place, name: str, count: int, *more: str, fault: str = "", fault_rank: int = 0) -> Ranks:
-    """Starts `count` processes on one output folder; `fault` is a failpoint in the process `fault_rank`."""
+def begin(
+    place: Place,
+    name: str,
+    count: int,
+    *more: str,
+    fault: str = "",
+    fault_rank: int | None = 0,
+    own: Mapping[int, Sequence[str]] = MappingProxyType({}),
+) -> Ranks:
+    """Starts `count` processes on one output folder.
+
+    Args:
+        place: where.
+        name: of the output folder.
+        count: of processes.
+        *more: options.
+        fault: failpoint in the process `fault_rank`; in each, where that is None.
+        own: options that only one process has, by rank.
+    """
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     words = ["train", *place.words, f"output_dir={place.folder / name}", *more]
@@ -58,10 +81,10 @@ def begin(place: Place, name: str, count: int, *more: str, fault: str = "", faul
         world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
         env = {key: str(value) for key, value in world.items()} if count > 1 else {}
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        env |= {"LLAMAFACTORY_FAILPOINT": fault} if fault and rank == fault_rank else {}
+        env |= {"LLAMAFACTORY_FAILPOINT": fault} if fault and fault_rank in (rank, None) else {}
         logs = place.folder / f"{name}.{rank}.log"
         trace = place.folder / f"{name}.trace" if rank == 0 else None
-        runs.append(place.zygote.start(words, logs, env=env, trace=trace))
+        runs.append(place.zygote.start([*words, *own.get(rank, ())], logs, env=env, trace=trace))
     return Ranks(runs)
 
 

@@ -203,6 +203,43 @@ def test_a_reward_function_that_fails_in_one_rank_ends_both_behind_a_save(make_p
     assert weights[0] == weights[1]
 
 
+def test_a_step_that_is_not_finite_ends_both_ranks_behind_the_save(make_place):
+    """The first process saves for a while; `begin` ends it, as torchrun would, where the other one fails before."""
+    place = make_place(per_device_train_batch_size="1", save_steps="100")
+    ranks = begin(place, "out", 2, fault="step:4:nan,save.file:*:sleep=0.6", fault_rank=None)
+    assert ranks.wait() == [1, 1], ranks.text[-4000:]
+    assert find_fault(place.folder / "out" / "checkpoint-3") is None
+    error = json.loads((place.folder / "out" / "run.json").read_text())["error"]
+    assert "step 4 is not finite" in error
+    assert "rows.json#" in error
+
+
+def test_ranks_that_would_not_do_the_same_are_refused(make_place):
+    place, other = make_place(per_device_train_batch_size="1"), make_place(folder="other", num_rows=13)
+    for own, words in (
+        (
+            ["learning_rate=1e-3", f"cache_dir={place.folder / 'cache'}"],
+            "learning_rate: 0.01 in rank 0, 0.001 in rank 1",
+        ),
+        ([f"dataset_dir={other.folder}"], "rows of rows"),
+    ):
+        ranks = begin(place, "out", 2, own={1: own})
+        assert ranks.wait() == [2, 2], ranks.text[-4000:]
+        assert all(words in run.text for run in ranks.runs), ranks.text[-4000:]
+        assert not (place.folder / "out" / "trainer_log.jsonl").exists()
+
+
+def test_a_rank_without_the_checkpoint_is_refused(make_place):
+    """Two machines without a shared disk: the second one would begin anew, with other rows."""
+    place = make_place(per_device_train_batch_size="1", async_save="false")
+    own = {1: [f"output_dir={place.folder / 'elsewhere'}"]}
+    assert begin(place, "out", 2, own=own, fault="step:3:kill").wait()[0] == -9
+    ranks = begin(place, "out", 2, own=own)
+    assert ranks.wait() == [2, 2], ranks.text[-4000:]
+    assert "begins with: checkpoint-2 in rank 0, nothing in rank 1" in ranks.text
+    assert find_fault(place.folder / "out" / "checkpoint-2") is None
+
+
 def test_a_signal_while_one_rank_tokenises_and_one_waits(make_place):
     place = make_place(overwrite_cache="true")
     process = start(place, "tokenising", 2, fault="data:1:sleep=60")

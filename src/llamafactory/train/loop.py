@@ -51,7 +51,9 @@ def fit(job: Job, stop: StopRequest) -> FitResult:
             raise
         except NotFiniteError as error:
             run.return_to(error.step)
-            raise run.explain(error) from error
+            explained = run.explain(error)
+            job.accelerator.wait_for_everyone()
+            raise explained from error
         stop.in_time()
         run.log_training()
         if run.stop_signal or job.cfg.save_strategy != "no":

@@ -57,6 +57,7 @@ def _run(cfg: RunConfig, claim: Claim, stop: StopRequest) -> RunResult:
     from llamafactory.model.remedies import require_fit
     from llamafactory.train import build, finish, memory_use, planning, rerun, text
     from llamafactory.train.interruption import interruptible
+    from llamafactory.train.likeness import agreed_split, facts_of, require_alike
     from llamafactory.train.loop import fit
     from llamafactory.train.predict_parts import prompts_of, with_predictions
     from llamafactory.train.rehearsal import needs_rehearsal, rehearse
@@ -97,6 +98,8 @@ def _run(cfg: RunConfig, claim: Claim, stop: StopRequest) -> RunResult:
         require_fit(cfg, plan, hardware, plan_again)
     start.ended("plan")
     accelerator = build.start_accelerator(cfg, plan)
+    require_alike(accelerator, facts_of(cfg, claim, data.report.to_dict(), plan))
+    plan = agreed_split(accelerator, plan)
     require_same_data(cfg, claim.output_dir, claim.record, data.report.to_dict(), accelerator.num_processes)
     say_other_versions(claim.record, package_versions())
     if claim.record is not None and build.needs_base(cfg):
