@@ -35,7 +35,10 @@ class Asked:
 
 
 class Hub:
-    """Repositories from folders. `state` is `ok`, `hang`, or one of `FAILURES`; it may change at any time."""
+    """Repositories from folders. `state` is `ok`, `hang`, or one of `FAILURES`; it may change at any time.
+
+    `commits` ends with the one that the main branches are at. Only the content of now is served, for all of them.
+    """
 
     def __init__(self, owners: Mapping[str, Mapping[str, Path]]) -> None:
         """Starts.
@@ -46,6 +49,7 @@ class Hub:
         """
         self.owners = owners
         self.state = "ok"
+        self.commits = [COMMIT]
         self.asked: list[Asked] = []
         self._released = threading.Event()
         hub = self
@@ -119,7 +123,8 @@ class Hub:
         name, rest = "/".join(parts[:2]), parts[2:]
         files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
         if rest[:1] == ["resolve"]:
-            send_file(request, files.get("/".join(rest[2:])))
+            commit = self.commits[-1] if rest[1] == "main" else rest[1]
+            send_file(request, files.get("/".join(rest[2:])), commit)
         elif rest[:1] == ["tree"]:
             below = "/".join(rest[2:])
             found = [entry(key, file) for key, file in files.items() if key.startswith(below)]
@@ -127,9 +132,10 @@ class Hub:
         elif rest[:1] == ["paths-info"]:
             asked = json.loads(body)["paths"]
             send_json(request, [entry(key, files[key]) for key in asked if key in files])
-        elif rest[:1] in ([], ["revision"]) and rest[1:] in ([], ["main"], [COMMIT]):
+        elif rest[:1] in ([], ["revision"]) and (not rest[1:] or rest[1] in ["main", *self.commits]):
             siblings = [{"rfilename": key} for key in files]
-            send_json(request, {"id": name, "sha": COMMIT, "siblings": siblings, "tags": [], "private": False})
+            commit = rest[1] if rest[1:] and rest[1] != "main" else self.commits[-1]
+            send_json(request, {"id": name, "sha": commit, "siblings": siblings, "tags": [], "private": False})
         else:
             send(request, 404, b"{}", {"X-Error-Code": "RevisionNotFound"})
 
@@ -146,8 +152,8 @@ def send_json(request: BaseHTTPRequestHandler, value: object) -> None:
     send(request, 200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
 
-def send_file(request: BaseHTTPRequestHandler, file: Path | None) -> None:
-    headers = {"X-Repo-Commit": COMMIT}
+def send_file(request: BaseHTTPRequestHandler, file: Path | None, commit: str) -> None:
+    headers = {"X-Repo-Commit": commit}
     if file is None:
         send(request, 404, b"", {**headers, "X-Error-Code": "EntryNotFound"})
         return

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 from tests.faults.cells import CELLS
@@ -56,3 +58,35 @@ def test_a_jump_of_the_clock_steals_no_lock_and_no_rows(make_place, jump: float)
     assert f"{int(jump > 0)} of 1 data sets" in prune.text
     assert run.wait() == 0, run.text[-3000:]
     assert place.outcome("out") == reference
+
+
+TEMPLATE = (
+    "Today is {{ strftime_now('%d %B %Y') }}.\n"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_run_that_goes_on_tomorrow_writes_the_day_on_which_it_began(make_place, faults_model, tmp_path) -> None:
+    model = shutil.copytree(faults_model, tmp_path / "model")
+    (model / "chat_template.jinja").write_text(TEMPLATE)
+    place: Place = make_place(template="auto", model_name_or_path=str(model), cutoff_len="128", max_steps="8")
+    run_of_today = place.finish("reference")
+    assert place.begin("out", fault="step:5:kill", env=tokens_in(tmp_path, "one")).wait() == -9
+    run = place.begin("out", clock=[DAY, 0], env=tokens_in(tmp_path, "two"))
+    assert run.wait() == 0, run.text[-3000:]
+    assert place.outcome("out") == run_of_today
+    again = place.zygote.start(
+        ["train", "--rerun", str(place.folder / "out" / "run.json")], place.folder / "again.log", clock=[DAY, 0],
+        trace=place.folder / "out-rerun.trace", env=tokens_in(tmp_path, "three"),
+    )  # fmt: skip
+    assert again.wait() == 0, again.text[-3000:]
+    assert place.outcome("out-rerun") == run_of_today
+    tomorrow = place.begin("tomorrow", clock=[DAY, 0])
+    assert tomorrow.wait() == 0, tomorrow.text[-3000:]
+    assert place.outcome("tomorrow").losses != run_of_today.losses
+
+
+def tokens_in(folder: Path, name: str) -> dict[str, str]:
+    """Rows are tokenised anew."""
+    return {"LLAMAFACTORY_TOKEN_CACHE": str(folder / name)}

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from tests.faults.cells import DATASETS
 from tests.faults.conftest import write_place
 from tests.faults.harness import Outcome, Place, zygote
-from tests.faults.hub import Hub
+from tests.faults.hub import COMMIT, Hub
 
 OTHERS = ("hang", "500", "403", "404")
 SECONDS = "2"
@@ -108,6 +109,23 @@ def test_a_run_goes_on_with_the_copies_on_this_machine(place: Place, hub: Hub, r
         assert run.wait() == 0, run.text[-3000:]
     assert run.text.count("The copy on this machine is used") == 3  # of model, adapter and rows
     assert place.outcome("out") == reference
+
+
+def test_a_run_goes_on_with_the_models_that_it_began_with(
+    place: Place, hub: Hub, reference: Outcome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody uploads other weights while it is down."""
+    assert place.begin("out", fault="step:5:kill").wait() == -9
+    models = dict(hub.owners["models"])
+    other = shutil.copytree(models["tiny"], tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    save_file({name: tensor * 2 for name, tensor in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    monkeypatch.setattr(hub, "owners", {**hub.owners, "models": {**models, "tiny": other}})
+    monkeypatch.setattr(hub, "commits", [*hub.commits, "f" * 40])
+    assert place.finish("out") == reference
+    revisions = json.loads((place.folder / "out" / "run.json").read_text())["revisions"]
+    assert list(revisions.values()) == [COMMIT, COMMIT]  # model and adapter
+    assert place.finish("new").weights != reference.weights
 
 
 ERRORS = {

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from datetime import datetime
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from llamafactory.data.day import now
 from llamafactory.extras.errors import DataError
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def _refuse(message: str) -> NoReturn:
 
 
 def _now(form: str) -> str:
-    return datetime.now().strftime(form)
+    return now().strftime(form)
 
 
 def _to_json(

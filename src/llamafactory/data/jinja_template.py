@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from datetime import date
 from typing import Any
 
 from llamafactory.data.answer_span import AnswerSpan, Rendered, find_answer
+from llamafactory.data.day import today
 from llamafactory.data.encode import clean_backend, special_token_pattern
 from llamafactory.data.jinja_environment import RefusedByTemplateError, compile_jinja, jinja_variables, run_jinja
 from llamafactory.data.jinja_messages import MessageStyle, as_dicts, find_style, row_texts, write_tools_as_text
@@ -93,7 +93,7 @@ class JinjaTemplate:
     def identity(self) -> Mapping[str, object]:
         """The template's text, what it is given, and the day where it asks for that."""
         identity = {"jinja": self._jinja, "given": self._variables, "default_system": self._default_system}
-        return identity | ({"day": date.today().isoformat()} if "strftime_now" in self._jinja else {})
+        return identity | ({"day": today().isoformat()} if "strftime_now" in self._jinja else {})
 
     @property
     def tool_format(self) -> ToolFormat | None:

@@ -7,7 +7,8 @@ nothing, and so that files which are here already need no network.
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -30,11 +31,34 @@ class Revision:
     is_local: bool
 
 
-@cache
+_pins: dict[str, str] = {}
+_found: dict[str, str] = {}
+
+
+@contextmanager
+def pinned(commits: Mapping[str, str]) -> Iterator[None]:
+    """Models are taken at these commits while the block lasts, and `found_revisions` tells of this block only.
+
+    Args:
+        commits: as `found_revisions` gives them.
+    """
+    _found.clear()
+    _pins.update(commits)
+    try:
+        yield
+    finally:
+        _pins.clear()
+
+
+def found_revisions() -> dict[str, str]:
+    """`user/name@revision` -> the commit that was taken, for all that was asked for so far."""
+    return dict(_found)
+
+
 def find_revision(
     repository: str, *, revision: str, cache_dir: str | None, token: str | None, offline: bool
 ) -> Revision:
-    """The commit of a model's repository that this process uses from now on.
+    """The commit of a model's repository that this process uses from now on; a pinned one where there is one.
 
     A hub that does not answer, or refuses, costs a run with a copy on this machine nothing: it is used, and that is
     said.
@@ -49,11 +73,20 @@ def find_revision(
     Raises:
         LlamaFactoryError: there is no answer, or a refusal, and no copy.
     """
+    key = f"{repository}@{revision}"
+    wanted = _pins.get(key, revision)
+    found = _ask(repository, revision=wanted, cache_dir=cache_dir, token=token, offline=offline)
+    _found[key] = found.name
+    return found
+
+
+@cache
+def _ask(repository: str, *, revision: str, cache_dir: str | None, token: str | None, offline: bool) -> Revision:
     from huggingface_hub import is_offline_mode
 
-    if offline or is_offline_mode():
-        return Revision(name=revision, is_local=True)
     copy = _commit_of_copy(repository, revision, cache_dir)
+    if offline or is_offline_mode():
+        return Revision(name=copy or revision, is_local=True)
     try:
         commit = ask_hub(repository, "model", revision=revision, token=token, is_patient=copy is None) or revision
     except ValueError:  # no name of a repository: who loads it says so
@@ -61,7 +94,7 @@ def find_revision(
     except HubError as error:
         if copy is None:
             raise LlamaFactoryError(
-                f"cannot load {repository!r} from the hub: {error.what}\n    fix:     {error.fix}"
+                f"cannot load {repository!r} ({revision}) from the hub: {error.what}\n    fix:     {error.fix}"
             ) from error
         log.warn(f"{repository}: {error.what}. The copy on this machine is used (commit {copy[:12]})", once=True)
         return Revision(name=copy, is_local=True)

@@ -31,6 +31,7 @@ from llamafactory.train.checkpoint.room import require_disk
 from llamafactory.train.checkpoint.saver import is_disk_fault
 from llamafactory.train.checkpoint.snapshot import TRAINING_FILES
 from llamafactory.train.evaluation import evaluate
+from llamafactory.train.origin import origin
 from llamafactory.train.output_dir import RUN_FILE, Claim, clear_replaced_run
 from llamafactory.train.plot import plot_curves
 from llamafactory.train.predictions_file import NAME
@@ -97,7 +98,7 @@ class RunRecord:
 
     def write(self, state: str, **more: Any) -> None:
         """Writes the record with its current state."""
-        write_json(self.path, {**self.document, **more, "state": state})
+        write_json(self.path, {**self.document, **origin(), **more, "state": state})
 
     def note_start_up(self, start: StartUp) -> None:
         """Keeps the parts of the start for the next time that the record is written, and says them."""

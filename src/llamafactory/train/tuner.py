@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from llamafactory.extras import log
 from llamafactory.extras.network import go_offline
 from llamafactory.train.continuity import require_same_base, require_same_data, say_other_versions
+from llamafactory.train.origin import as_it_began
 from llamafactory.train.output_dir import claim_output_dir, make_writable
 from llamafactory.train.run_lock import RunLock
 from llamafactory.train.signals import StopRequest, StopSignal
@@ -36,7 +37,8 @@ def run_exp(cfg: RunConfig) -> RunResult:
             make_writable(folder)
             with RunLock(folder) if log.is_main_process() else nullcontext():
                 claim = claim_output_dir(cfg)
-                return _run(cfg, claim, stop)
+                with as_it_began(cfg, claim.record):
+                    return _run(cfg, claim, stop)
         except StopSignal as stopped:
             from llamafactory.train.finish import stopped_before_training
 
