@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,7 @@ _FREE = {"output_dir", "rerun_of", "overwrite_output_dir", "resume_from_checkpoi
 
 def record_of(folder, cfg):
     folder.mkdir(parents=True, exist_ok=True)
-    record = {"run_id": "a", "config": cfg.flat(mask_secrets=True), "given": cfg.given_keys()}
+    record: dict[str, Any] = {"run_id": "a", "config": cfg.flat(mask_secrets=True), "given": cfg.given_keys()}
     (folder / "run.json").write_text(json.dumps(record))
     return record
 
@@ -51,3 +52,13 @@ def test_a_slash_at_the_end_puts_no_run_into_the_other(train_config, tmp_path):
     record_of(tmp_path / "out", train_config(output_dir=f"{tmp_path / 'out'}/"))
     again = load_config(expand_rerun([f"--rerun={tmp_path / 'out'}"]))
     assert again.train.output_dir == f"{tmp_path / 'out'}-rerun"
+
+
+def test_a_run_that_began_elsewhere_and_saved_nothing_is_continued_there(train_config, tmp_path):
+    cfg = train_config(output_dir=str(tmp_path / "out"), overwrite_output_dir=True)
+    record = record_of(tmp_path / "out", cfg)
+    assert "resume_from_checkpoint" not in resume_command(tmp_path / "out", record)  # there may be no checkpoint
+    record["config"]["resume_from_checkpoint"] = "/elsewhere/a b/checkpoint-4"
+    assert "'resume_from_checkpoint=/elsewhere/a b/checkpoint-4'" in resume_command(tmp_path / "out", record)
+    (tmp_path / "out" / "checkpoint-6").mkdir()
+    assert "resume_from_checkpoint" not in resume_command(tmp_path / "out", record)

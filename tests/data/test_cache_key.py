@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from llamafactory.data import cache_key
 from llamafactory.data.cache_key import key_of, key_parts
+from llamafactory.data.day import fixed_day
 from llamafactory.data.encoded_rows import RowEncoder, open_reader
 from llamafactory.data.registry import find_specs
 from llamafactory.data.template_choice import template_of
@@ -99,25 +101,13 @@ def test_the_text_of_the_tokenizers_own_template_is_in_the_key(tmp_path: Path, t
     assert key(data, Own()) != first
 
 
-def test_a_template_that_names_the_day_is_another_one_tomorrow(
-    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from datetime import date
-
-    from llamafactory.data import chat_template
-
-    class Tomorrow(date):
-        @classmethod
-        def today(cls) -> date:
-            return date.fromordinal(date.today().toordinal() + 1)
-
+def test_a_template_that_names_the_day_is_another_one_tomorrow(tmp_path: Path, tokenizer: Any) -> None:
     keys: list[str] = []
     for name in ("chatml", "llama3"):
         data = write(tmp_path).model_copy(update={"template": name})
-        keys.append(key(data, tokenizer))
-        with monkeypatch.context() as patch:
-            patch.setattr(chat_template, "date", Tomorrow)
-            keys.append(key(data, tokenizer))
+        for day in (24, 25):
+            with fixed_day(date(2026, 11, day)):
+                keys.append(key(data, tokenizer))
     assert keys[0] == keys[1]
     assert keys[2] != keys[3]
 

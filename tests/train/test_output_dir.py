@@ -80,6 +80,18 @@ def test_other_rows_are_refused(stopped, train_config, tmp_path):
     assert (tmp_path / "out" / "checkpoint-2").is_dir()
 
 
+def test_a_run_goes_on_with_its_own_day_and_tokenizer(stopped, train_config, tmp_path):
+    cfg = stopped()
+    path = tmp_path / "out" / "run.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"text": record["text"] | {"tokenizer": "another"}, "day": "2024-02-29"}))
+    with pytest.raises(ConfigError, match="holds a run that began with another tokenizer, whose content has changed"):
+        run_exp(cfg)
+    run_exp(train_config(save_steps=1, max_steps=4, allow_change=["tokenizer"]))
+    now = json.loads(path.read_text())
+    assert (now["text"], now["day"]) == (record["text"], "2024-02-29")
+
+
 def test_another_number_of_processes_is_refused(stopped, tmp_path):
     cfg = stopped()
     path = tmp_path / "out" / "run.json"

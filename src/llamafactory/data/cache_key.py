@@ -11,12 +11,15 @@ from functools import cache
 from hashlib import file_digest, sha256
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llamafactory.data.encoded_rows import RowEncoder
 from llamafactory.data.records import RecordReader, hashable
 from llamafactory.data.sources import SourceFile, list_files, read_source
-from llamafactory.data.types import DatasetSpec
+from llamafactory.data.types import DatasetSpec, Template
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 _LIBRARIES = ("tokenizers", "jinja2", "numpy")
 _ROWS, _READING = "rows", "reading of the rows"
@@ -41,8 +44,7 @@ def method_parts(rows: RowEncoder) -> dict[str, str]:
     """The parts that do not depend on the rows: tokenizer, template, options, program."""
     reading = rows.reading
     return {
-        "tokenizer": _digest(rows.encoder.backend.to_str()),
-        "template": f"{reading.template.name} ({_digest(_json(reading.template.identity))})",
+        **text_parts(rows.encoder.backend, reading.template),
         "stage": rows.view.name,
         "cutoff_len": "any" if rows.view.name == "text" and reading.joins_text else str(reading.cutoff_len),
         "overlong": rows.overlong,
@@ -51,6 +53,14 @@ def method_parts(rows: RowEncoder) -> dict[str, str]:
         "rewritten_history": reading.mask.rewritten_history,
         "end of a text": reading.end_token,
         "program": code_digest(),
+    }
+
+
+def text_parts(backend: Tokenizer, template: Template) -> dict[str, str]:
+    """The parts that make text of conversations, and ids of text."""
+    return {
+        "tokenizer": _digest(backend.to_str()),
+        "template": f"{template.name} ({_digest(_json(template.identity))})",
     }
 
 

@@ -10,10 +10,10 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from datetime import date
 from functools import cache
 from typing import Any, cast
 
+from llamafactory.data.day import today
 from llamafactory.data.templates.index import LEFT_OUT, entry_names, read_entry
 from llamafactory.data.tool_formats import ToolFormat, find_tool_format
 from llamafactory.data.types import Conversation, Message, Piece, Segment, Turn
@@ -177,7 +177,7 @@ class NamedTemplate:
     def identity(self) -> Mapping[str, object]:
         """Markup and options, and the day where the tool format names it."""
         names_day = getattr(self.tool_format, "NAMES_DAY", False)
-        return asdict(self) | ({"day": date.today().isoformat()} if names_day else {})
+        return asdict(self) | ({"day": today().isoformat()} if names_day else {})
 
     @property
     def tool_format(self) -> ToolFormat:

@@ -123,8 +123,8 @@ def check_resume_path(config: RunConfig) -> Problem | None:
 
 
 def check_allowed_changes(config: RunConfig) -> Iterator[Problem]:
-    """`allow_change` names options, or the rows."""
-    known = {*config.flat(), "data"}
+    """`allow_change` names options, the rows, or the tokenizer."""
+    known = {*config.flat(), "data", "tokenizer"}
     for name in config.train.allow_change:
         if config.command == "train" and name not in known:
             near = near_matches(name, known)

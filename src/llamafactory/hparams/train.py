@@ -148,7 +148,9 @@ class TrainConfig(Section):
         30, "Seconds from a signal that stops the run until the save must have begun.", group=_OUTPUT, gt=0
     )
     allow_change: tuple[str, ...] = option(
-        (), "Keys that may differ from those of the run that is continued; data lets the rows differ.", group=_OUTPUT
+        (),
+        "Keys that may differ from those of the run that is continued; data and tokenizer let those differ.",
+        group=_OUTPUT,
     )
     rerun_of: str | None = option(
         None, "A run.json that this run repeats: what differs in rows and versions is said.", group=_OUTPUT

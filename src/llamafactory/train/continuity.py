@@ -158,6 +158,32 @@ def require_same_base(cfg: RunConfig, folder: Path, record: Mapping[str, Any], b
     )
 
 
+def require_same_text(
+    cfg: RunConfig, folder: Path, record: Mapping[str, Any] | None, parts: Mapping[str, str]
+) -> None:
+    """Refuses to continue a run whose rows would become other tokens than those that it began with.
+
+    Args:
+        cfg: the resolved configuration.
+        folder: output folder, for the message.
+        record: `run.json` of the run; those of earlier versions do not know their tokenizer and template.
+        parts: see `data.cache_key.text_parts`.
+
+    Raises:
+        ConfigError: tokenizer or template have changed.
+    """
+    before = (record or {}).get("text") or {}
+    others = [name for name in parts if name in before and before[name] != parts[name]]
+    if wrong := [name for name in others if name not in cfg.train.allow_change]:
+        raise problem(
+            folder,
+            f"holds a run that began with another {' and another '.join(wrong)}, whose content has changed since: its "
+            "rows would become other tokens",
+            "put the old one back, set overwrite_output_dir: true to start anew, or --allow-change "
+            f"{','.join(wrong)} to go on with the new one",
+        )
+
+
 def say_other_versions(record: Mapping[str, Any] | None, versions: Mapping[str, str]) -> None:
     """Says which packages have changed since the run began: its rows stay, the last digits of its numbers may not."""
     old = (record or {}).get("packages") or {}

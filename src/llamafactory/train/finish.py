@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -68,6 +68,7 @@ class RunRecord:
         data: PreparedData,
         policy: nn.Module,
         num_processes: int,
+        text: Mapping[str, str],
     ) -> RunRecord:
         """Says what is trained, removes the run that is replaced, and writes the first record."""
         trained, total, kinds = trainable_report(policy)
@@ -84,6 +85,7 @@ class RunRecord:
             plan=plan.to_dict(),
             data=data.report.to_dict(),
             base=base_fingerprint(cfg.model),
+            text=dict(text),
             num_processes=num_processes,
             times_continued=claim.times_continued,
             trainable_parameters=trained,

@@ -32,6 +32,8 @@ def read_record(path: Path) -> dict[str, Any]:
         record = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(record.get("config"), dict):
             raise ValueError("it has no config")
+        if not isinstance(record.get("text", {}), dict):
+            raise ValueError("what it says of its text is no object")
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(
             Problem(
@@ -105,6 +107,13 @@ def require_recorded_base(cfg: RunConfig, base: str) -> None:
             fix=f"put the old weights back, or --allow-change {_BASE_KEYS[0]} to run with the new ones",
         )
     )
+
+
+def say_other_text(path: str, parts: Mapping[str, str]) -> None:
+    """Says where tokenizer or template are not those of the recorded run; see `data.cache_key.text_parts`."""
+    before = read_record(Path(path)).get("text") or {}
+    if others := [name for name in parts if name in before and before[name] != parts[name]]:
+        log.warn(f"not those of the recorded run, so that rows become other tokens: {' and '.join(others)}")
 
 
 def say_what_is_computed_otherwise(path: str, plan: Mapping[str, Any], num_processes: int) -> None:

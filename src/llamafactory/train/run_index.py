@@ -170,8 +170,9 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
 def resume_command(folder: Path, record: dict[str, Any]) -> str:
     """A command that continues the run, whatever its configuration file was."""
     words = ["llamafactory-cli", "train", "--rerun", str(folder / RUN_FILE), f"output_dir={folder}", "rerun_of=null"]
-    if record.get("config", {}).get("overwrite_output_dir"):
-        words.append("resume_from_checkpoint=true")
+    named = record.get("config", {}).get("resume_from_checkpoint")
+    if isinstance(named, str) and not list_checkpoints(folder):  # it began elsewhere, and has saved nothing since
+        words.append(f"resume_from_checkpoint={named}")
     found = record.get("num_processes", 1)
     num_processes = found if isinstance(found, int) else 1
     prefix = f"FORCE_TORCHRUN=1 NPROC_PER_NODE={num_processes} " if num_processes > 1 else ""

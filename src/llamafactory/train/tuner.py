@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from llamafactory.extras import log
 from llamafactory.extras.network import go_offline
-from llamafactory.train.continuity import require_same_base, require_same_data, say_other_versions
+from llamafactory.train.continuity import require_same_base, require_same_data, require_same_text, say_other_versions
 from llamafactory.train.origin import as_it_began
 from llamafactory.train.output_dir import claim_output_dir, make_writable
 from llamafactory.train.run_lock import RunLock
@@ -50,6 +50,7 @@ def _run(cfg: RunConfig, claim: Claim, stop: StopRequest) -> RunResult:
         (claim.output_dir / "bad_rows.jsonl").unlink(missing_ok=True)
     log.info(f"output: {claim.output_dir}" + (f", continuing {claim.resume_from.name}" if claim.resume_from else ""))
     start = StartUp()
+    from llamafactory.data import cache_key
     from llamafactory.data.pipeline import prepare_data
     from llamafactory.data.sources.access import access_of
     from llamafactory.data.stream_pipeline import prepare_stream
@@ -70,6 +71,8 @@ def _run(cfg: RunConfig, claim: Claim, stop: StopRequest) -> RunResult:
     peak = memory_use.Peak.begin()
     start.ended("imports")
     tokenizer, template = text.load_text(cfg)
+    text_parts = cache_key.text_parts(tokenizer.backend_tokenizer, template)
+    require_same_text(cfg, claim.output_dir, claim.record, text_parts)
     prepare = partial(prepare_data, for_training=cfg.train.do_train)
     if cfg.data.streaming and cfg.train.do_train:
         prepare = partial(prepare_stream, shuffle=not cfg.train.disable_shuffling)
@@ -89,6 +92,7 @@ def _run(cfg: RunConfig, claim: Claim, stop: StopRequest) -> RunResult:
         may_differ = "data" in cfg.train.allow_change
         rerun.say_what_differs(cfg.train.rerun_of, data.report.to_dict(), package_versions(), may_differ=may_differ)
         rerun.require_recorded_base(cfg, base_fingerprint(cfg.model))
+        rerun.say_other_text(cfg.train.rerun_of, text_parts)
     build.say_lines(data.report.lines())
     start.ended("rows")
     model_config = load_model_config(cfg.model)
@@ -111,7 +115,7 @@ def _run(cfg: RunConfig, claim: Claim, stop: StopRequest) -> RunResult:
     policy = build.load_policy(cfg, plan, resume_from=claim.resume_from)
     start.ended("model")
     record = finish.RunRecord.start(
-        cfg, claim, plan=plan, data=data, policy=policy, num_processes=accelerator.num_processes
+        cfg, claim, plan=plan, data=data, policy=policy, num_processes=accelerator.num_processes, text=text_parts
     )
     watch = watching(accelerator, stop, partial(record.write_end, accelerator))
     with record.closing(accelerator), watch as dog, memory_use.explained(plan):

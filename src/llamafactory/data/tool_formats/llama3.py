@@ -7,8 +7,8 @@ description names the day on which it is written, as the published template does
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import date
 
+from llamafactory.data.day import today
 from llamafactory.data.tool_formats.parts.json_calls import call_pieces, read_call, wrap_tool, write_json
 from llamafactory.data.tool_formats.parts.results import join_with
 from llamafactory.data.tool_formats.parts.syntax import Block, Syntax, Tools, fixed
@@ -22,8 +22,8 @@ _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct",
 
 def describe_tools(tools: Sequence[Mapping[str, object]]) -> list[Piece]:
     """The dates, how to call a tool, and one indented JSON object a tool."""
-    today = date.today()
-    day = f"{today.day:02} {_MONTHS[today.month - 1]} {today.year}"
+    date = today()
+    day = f"{date.day:02} {_MONTHS[date.month - 1]} {date.year}"
     return [
         Piece(
             f"Cutting Knowledge Date: December 2023\nToday Date: {day}\n\nYou have access to the following functions. "

@@ -156,6 +156,8 @@ def clear_leftovers(output_dir: Path) -> None:
     """Removes what a crash left of saves and removals. Only the owner of the folder's lock may call it."""
     for path in [*output_dir.glob(f"{STAGING}*"), *output_dir.glob(f"{TRASH}*")]:
         shutil.rmtree(path, ignore_errors=True)
+    for path in [file for link in (".last-*", ".best-*", ".run.json.*") for file in output_dir.glob(link)]:
+        path.unlink(missing_ok=True)
 
 
 def point(output_dir: Path, link: str, target: str | None) -> None:
