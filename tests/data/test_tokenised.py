@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -238,6 +239,16 @@ def test_a_folder_with_other_files_is_left_alone(chatml: Make, tokenizer: Any, t
     (tmp_path / "other" / "data-00000-of-00001.arrow").write_bytes(b"x")
     with pytest.raises(DataError, match="holds other files"):
         prepare(chatml(rows(2), tokenized_path=str(tmp_path / "other")), tokenizer)
+
+
+def test_a_folder_that_another_process_has_just_made_is_shared(chatml: Make, tokenizer: Any, tmp_path: Path) -> None:
+    """Two ranks begin at once: one has made its folder, and not yet the lock in it."""
+    data = chatml(rows(2), tokenized_path=str(tmp_path / "kept"))
+    first = prepare(data, tokenizer)
+    (made,) = (tmp_path / "kept").iterdir()
+    shutil.rmtree(made)
+    made.mkdir()
+    assert prepare(data, tokenizer).report == first.report
 
 
 def test_a_folder_that_cannot_be_written_is_an_error_with_a_way_out(

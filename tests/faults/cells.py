@@ -11,6 +11,7 @@ GRPO = {
     "stage": "grpo", "dataset": "prompts", "reward_functions": "{folder}/rewards.py:evenness", "max_new_tokens": "6",
     "num_generations": "4", "num_train_epochs": "1", "log_completions": "0",
 }  # fmt: skip
+PPO = {**{key: value for key, value in GRPO.items() if key != "num_generations"}, "stage": "ppo", "ppo_epochs": "2"}
 STREAMED = {"streaming": "true", "max_steps": "20", "buffer_size": "5"}
 CELLS: dict[str, dict[str, str]] = {
     "sft lora": {},
@@ -38,6 +39,14 @@ CELLS: dict[str, dict[str, str]] = {
     "grpo lora, two passes over each rollout": {**GRPO, "grpo_epochs": "2", "save_steps": "1"},
     "sft full, adafactor in pure bf16": {"finetuning_type": "full", "pure_bf16": "true", "optim": "adafactor"},
     "sft lora and norms in full, bf16": {"additional_target": "norm,embed_tokens", "bf16": "true"},
+    "ppo lora, two passes in two parts, answers in evaluations": {
+        **PPO, "ppo_buffer_size": "2", "lora_dropout": "0.2", "save_steps": "1", "per_device_train_batch_size": "1",
+        "val_size": "4", "eval_strategy": "steps", "eval_steps": "3",
+    },
+    "pt lora, streamed": {**STREAMED, "stage": "pt", "dataset": "texts", "cutoff_len": "48"},
+    "sft lora, two sources drawn and packed anew in each epoch": {
+        "dataset": "rows,more", "mix_strategy": "interleave_over", "interleave_probs": "0.6,0.4", "packing": "true",
+    },
     "sft lora padded, cosine": {"flash_attn": "disabled", "lr_scheduler_type": "cosine", "warmup_ratio": "0.2"},
 }  # fmt: skip
 _PAIR = {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"}

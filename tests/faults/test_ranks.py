@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 from tests.faults.cells import CELLS
-from tests.faults.harness import ROOT, Place
+from tests.faults.harness import ROOT, Place, rows_of
 from tests.faults.ranks import begin, finish, stop_at
 
 from llamafactory.launcher import torchrun_command
@@ -326,3 +327,27 @@ def test_two_ranks_continue_bit_equal(make_place):
     assert weights[0] == weights[1]
     states = load_file(place.folder / "whole" / "last" / "rng_state.safetensors")
     assert {name.split(".")[0] for name in states} == {"0", "1"}
+
+
+@pytest.mark.parametrize(
+    "cell", ["sft full, streamed from two sources, packed", "grpo lora, two passes over each rollout"]
+)
+def test_ranks_killed_at_random_go_on_bit_equal(make_place, tally, cell):
+    """One of two is killed, at any moment and either one; the other ends by itself."""
+    place = make_place(**{**CELLS[cell], "per_device_train_batch_size": "1"})
+    finish(place, "warm", 2)
+    started = time.monotonic()
+    whole = finish(place, "whole", 2)
+    span, rng, kills = time.monotonic() - started, random.Random(7), 0
+    while kills < 4 and not (kills and place.is_finished("killed")):
+        ranks = begin(place, "killed", 2)
+        time.sleep(rng.uniform(0.1, 0.9) * span)
+        kills += ranks.runs[rng.randrange(2)].kill()
+        ranks.wait()
+        assert kills or not place.is_finished("killed"), "the run was over before the first kill"
+    killed = place.outcome("killed") if place.is_finished("killed") else finish(place, "killed", 2)
+    equal = (killed.losses, killed.weights) == (whole.losses, whole.weights)
+    begun, _ = rows_of(place.folder / "killed.trace")
+    lost = sum(rows != whole.rows.get(step) for step, rows in begun)
+    tally.add(f"{cell}, two processes", kills=kills, lost=lost, equal=equal)
+    assert (equal, lost) == (True, 0)

@@ -80,6 +80,9 @@ def start(words: list[str], env: dict[str, str], log: str, trace: str | None, wo
         if trace:
             trace_rows(trace)
         change_world(**world)
+        import torch
+
+        torch.set_num_threads(1)  # makes torch's pool, which does not survive a fork, before threads race to do so
         from llamafactory.cli import main as run
         from llamafactory.train import build
 

@@ -35,6 +35,15 @@ def make(store: Store, rank: int, ended: list[str] | None = None, stop: StopRequ
     return Watchdog(store, rank, 2, threading.main_thread().ident or 0, stop or StopRequest(), on_end)
 
 
+def test_the_first_sign_of_life_comes_at_once() -> None:
+    """A rank that stops in its first second would else never be missed."""
+    store, over = Store(), threading.Event()
+    over.set()
+    make(store, 0).run(over)
+    assert make(store, 1).silent_rank() is None
+    assert len(store) == 1
+
+
 def test_a_rank_that_counts_on_is_alive_and_one_that_does_not_is_named() -> None:
     store = Store()
     one, other = make(store, 0), make(store, 1)

@@ -187,7 +187,8 @@ class TokenCaches:
             root = usual_root(cache_dir)
             return cls(root=root, is_named=False, remakes=data.overwrite_cache)
         root = Path(data.tokenized_path)
-        if root.is_dir() and any(root.iterdir()) and not any(root.glob(f"*/{LOCK}")):
+        others = root.is_dir() and not all(map(_is_just_made, root.iterdir()))
+        if others and not any(root.glob(f"*/{LOCK}")):
             raise DataError(
                 "tokenized_path holds other files than tokenised rows of this program",
                 where=str(root),
@@ -234,6 +235,11 @@ class TokenCaches:
                 _refuse_difference(path.parent, {key: manifest["key"].get(key, "") for key in parts}, parts)
                 found.append(replace(cache, parts=manifest["key"], use=manifest["use"], name=manifest["name"]))
         return found
+
+
+def _is_just_made(folder: Path) -> bool:
+    """Whether it is a data set's folder without its lock yet: another rank makes it now, or a run was killed there."""
+    return folder.name.startswith(("train-", "eval-")) and folder.is_dir() and not any(folder.iterdir())
 
 
 def usual_root(cache_dir: Path | None = None) -> Path:

@@ -106,8 +106,8 @@ class Watchdog:
         self._seen: dict[int, tuple[int, int]] = {}  # rank -> its counter, and our polls since it moved
 
     def run(self, stop: threading.Event) -> None:
-        """Speaks and listens until `stop` is set."""
-        while not stop.wait(POLL_SECONDS):
+        """Speaks and listens until `stop` is set; at once, because who never spoke cannot fall silent."""
+        while True:
             try:
                 self.say()
                 silent = self.silent_rank()
@@ -116,6 +116,8 @@ class Watchdog:
                 return
             if silent is not None and not stop.is_set():
                 self._end(silent)
+            if stop.wait(POLL_SECONDS):
+                return
 
     def say(self, *, is_done: bool = False) -> None:
         """Writes this rank's sign of life."""
