@@ -48,7 +48,7 @@ class Hub:
                 owner has the content of that folder, so that each test can ask for one that nobody has cached.
         """
         self.owners = owners
-        self.state = "ok"
+        self.state, self.only = "ok", ""
         self.commits = [COMMIT]
         self.asked: list[Asked] = []
         self._released = threading.Event()
@@ -86,17 +86,17 @@ class Hub:
         self._server.server_close()
 
     @contextmanager
-    def failing(self, state: str) -> Iterator[None]:
-        """Fails in that way; `down` is a port that nobody listens to."""
+    def failing(self, state: str, only: str = "") -> Iterator[None]:
+        """Fails in that way, only where the address holds a text; `down` is a port that nobody listens to."""
         if state == "down":
             self._server.shutdown()
             self._server.server_close()
         else:
-            self.state = state
+            self.state, self.only = state, only
         try:
             yield
         finally:
-            self.state = "ok"
+            self.state, self.only = "ok", ""
             if state == "down":
                 self._server = self._listen(self._server.server_port)
 
@@ -104,11 +104,12 @@ class Hub:
         """One request, as `state` says."""
         self.asked.append(Asked(time.monotonic(), request.command, request.path))
         body = request.rfile.read(int(request.headers.get("Content-Length") or 0))
-        if self.state == "hang":
+        is_failing = self.only in request.path
+        if is_failing and self.state == "hang":
             self._released.wait()
             request.close_connection = True
             return
-        if self.state in FAILURES:
+        if is_failing and self.state in FAILURES:
             status, headers = FAILURES[self.state]
             send(request, status, b'{"error": "no"}', headers)
             return

@@ -14,6 +14,7 @@ from tests.faults.cells import DATASETS
 from tests.faults.conftest import write_place
 from tests.faults.harness import Outcome, Place, zygote
 from tests.faults.hub import COMMIT, Hub
+from transformers import AutoModelForCausalLM
 
 OTHERS = ("hang", "500", "403", "404")
 SECONDS = "2"
@@ -128,6 +129,27 @@ def test_a_run_goes_on_with_the_models_that_it_began_with(
     assert place.finish("new").weights != reference.weights
 
 
+def test_of_a_model_only_what_is_read_is_downloaded_and_that_is_enough_offline(
+    place: Place, hub: Hub, faults_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights in several files, beside others that nobody reads."""
+    folder = shutil.copytree(faults_model, tmp_path / "parts")
+    (folder / "model.safetensors").rename(folder / "consolidated.safetensors")
+    AutoModelForCausalLM.from_pretrained(faults_model).save_pretrained(folder, max_shard_size="40KB")
+    assert len(list(folder.glob("model-0*.safetensors"))) > 1
+    (folder / "pytorch_model.bin").write_bytes(b"never")
+    (folder / "onnx").mkdir()
+    (folder / "onnx" / "config.json").write_text("{}")
+    monkeypatch.setattr(hub, "owners", {**hub.owners, "models": {"tiny": folder}})
+    words = ("adapter_name_or_path=null", "dataset=rows", "max_steps=2")
+    online, num_asked = place.finish("online", *words), len(hub.asked)
+    names = [asked.path.rsplit("/", 1)[-1] for asked in hub.asked]
+    assert not {"consolidated.safetensors", "pytorch_model.bin"} & set(names)
+    assert not any("onnx" in asked.path for asked in hub.asked)
+    assert place.finish("offline", *words, "offline=true") == online
+    assert hub.asked[num_asked:] == []
+
+
 ERRORS = {
     "404": ("has no such repository, or a private one (404)", "HF_TOKEN"),
     "403": ("its owner gives access on request only", "ask for it at http"),
@@ -157,3 +179,15 @@ def test_what_cannot_be_downloaded_ends_in_one_error(
     assert (code, "Traceback" in run.text) == (3 if what == "rows" else 1, False), run.text[-3000:]
     for fragment in ERRORS[state]:
         assert fragment in run.text[run.text.index("error: ") :]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("file", "state"), [("model.safetensors", "hang"), ("train.json", "500")])
+def test_a_download_that_breaks_off_ends_in_one_error(place: Place, hub: Hub, file: str, state: str) -> None:
+    with hub.failing(state, only=f"/{file}"):
+        run = place.begin("out")
+        code = run.wait()
+    assert (code, "Traceback" in run.text) == (3 if file == "train.json" else 1, False), run.text[-3000:]
+    assert "from the hub" in run.text[run.text.index("error: ") :]
+    assert "gives no answer" in run.text[run.text.index("error: ") :]
+    place.finish("out")

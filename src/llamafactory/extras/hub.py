@@ -6,6 +6,7 @@ The client libraries are imported inside the functions; nothing is asked before 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
@@ -25,10 +26,23 @@ class HubError(Exception):
         self.what, self.fix = what, fix
 
 
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What the hub says of a repository.
+
+    Attributes:
+        commit: that its revision is at now; None where it does not say.
+        files: their paths.
+    """
+
+    commit: str | None
+    files: tuple[str, ...]
+
+
 def ask_hub(
     repository: str, kind: Literal["model", "dataset"], *, revision: str | None, token: str | None, is_patient: bool
-) -> str | None:
-    """The commit that a revision of a repository is at now.
+) -> Answer:
+    """The commit that a revision of a repository is at now, and its files.
 
     Args:
         repository: `user/name`.
@@ -51,7 +65,8 @@ def ask_hub(
                 repository, repo_type=kind, revision=revision, token=token,
                 timeout=float(constants.HF_HUB_ETAG_TIMEOUT),
             )  # fmt: skip
-            return found.sha
+            siblings: Any = getattr(found, "siblings", None) or ()
+            return Answer(commit=found.sha, files=tuple(file.rfilename for file in siblings))
         except HFValidationError:
             raise
         except Exception as error:  # whatever the hub or the network raised, by either of two HTTP libraries
@@ -67,17 +82,15 @@ def ask_hub(
 def bound_waits() -> None:
     """Gives every request of huggingface_hub a time limit; some have none, and would wait for a silent hub for ever.
 
-    It is that of downloads, HF_HUB_DOWNLOAD_TIMEOUT (10 s), for each connection and each read.
+    It is that of downloads, HF_HUB_DOWNLOAD_TIMEOUT (10 s), for each connection and each read; no other one is longer.
     """
     from huggingface_hub import constants, set_client_factory
     from huggingface_hub.utils._http import default_client_factory
 
     def bound(request: Any) -> None:
-        limits = request.extensions.get("timeout") or {}
-        for phase in ("connect", "read", "write", "pool"):
-            if limits.get(phase) is None:
-                limits[phase] = float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
-        request.extensions["timeout"] = limits
+        given, most = request.extensions.get("timeout") or {}, float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
+        phases = ("connect", "read", "write", "pool")
+        request.extensions["timeout"] = {phase: min(given.get(phase) or most, most) for phase in phases}
 
     def make_client() -> Any:
         client = default_client_factory()

@@ -25,10 +25,12 @@ class Revision:
     Attributes:
         name: a commit; where none is known, the branch or tag that was asked for.
         is_local: only files that are on this machine may be used.
+        files: paths of those that the hub has; empty where it was not asked.
     """
 
     name: str
     is_local: bool
+    files: tuple[str, ...] = ()
 
 
 _pins: dict[str, str] = {}
@@ -88,7 +90,7 @@ def _ask(repository: str, *, revision: str, cache_dir: str | None, token: str | 
     if offline or is_offline_mode():
         return Revision(name=copy or revision, is_local=True)
     try:
-        commit = ask_hub(repository, "model", revision=revision, token=token, is_patient=copy is None) or revision
+        answer = ask_hub(repository, "model", revision=revision, token=token, is_patient=copy is None)
     except ValueError:  # no name of a repository: who loads it says so
         return Revision(name=revision, is_local=False)
     except HubError as error:
@@ -98,8 +100,9 @@ def _ask(repository: str, *, revision: str, cache_dir: str | None, token: str | 
             ) from error
         log.warn(f"{repository}: {error.what}. The copy on this machine is used (commit {copy[:12]})", once=True)
         return Revision(name=copy, is_local=True)
+    commit = answer.commit or revision
     _note(_folder(repository, cache_dir) / "refs" / revision, commit)
-    return Revision(name=commit, is_local=False)
+    return Revision(name=commit, is_local=False, files=answer.files)
 
 
 def _commit_of_copy(repository: str, revision: str, cache_dir: str | None) -> str | None:

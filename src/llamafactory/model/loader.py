@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 """Never loaded, so never downloaded."""
+_SMALL = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
+_CHATS = "additional_chat_templates/"
+_WHOLE = {"model.safetensors"}
 
 
 def load_tokenizer(cfg: ModelConfig, *, eos_token: str | None = None) -> PreTrainedTokenizerFast:
@@ -105,7 +110,7 @@ def load_model(
         quantised = _loading(
             path,
             lambda: AutoModelForCausalLM.from_pretrained(
-                path, use_safetensors=True, **_hub_options(cfg, path), **options
+                path, use_safetensors=True, **_hub_options(cfg, path, weights=True), **options
             ),
         )
         for parameter in quantised.parameters():
@@ -121,7 +126,7 @@ def load_model(
         model = _loading(
             path,
             lambda: AutoModelForCausalLM.from_pretrained(
-                path, use_safetensors=True, **_hub_options(cfg, path), **options
+                path, use_safetensors=True, **_hub_options(cfg, path, weights=True), **options
             ),
         )
     return cast("Any", model).to(device) if device else model
@@ -149,7 +154,7 @@ def load_classifier(cfg: ModelConfig, *, dtype: str, attention: str) -> PreTrain
     model, found = _loading(
         path,
         lambda: AutoModelForSequenceClassification.from_pretrained(
-            path, use_safetensors=True, **_hub_options(cfg, path), dtype=getattr(torch, dtype),
+            path, use_safetensors=True, **_hub_options(cfg, path, weights=True), dtype=getattr(torch, dtype),
             attn_implementation=attention, output_loading_info=True,
         ),
     )  # fmt: skip
@@ -210,26 +215,44 @@ def adapter_folders(cfg: ModelConfig) -> tuple[Path, ...]:
 
 
 def _download(cfg: ModelConfig, name: str) -> Path:
+    """The folder of an adapter on the hub."""
+    return _fetch(cfg, name, _revision(cfg, name, revision="main"))
+
+
+def _fetch(cfg: ModelConfig, name: str, revision: Revision, only: list[str] | None = None) -> Path:
+    """Files of a repository, in a folder of this machine; nothing is asked for that is there already."""
     from huggingface_hub import snapshot_download
 
-    revision = _revision(cfg, name, revision="main")
     return Path(
         _loading(
             name,
             lambda: snapshot_download(
                 name, revision=revision.name, cache_dir=cfg.cache_dir, token=cfg.hf_hub_token,
-                local_files_only=revision.is_local, ignore_patterns=list(_PICKLES),
+                local_files_only=revision.is_local, allow_patterns=only, ignore_patterns=list(_PICKLES),
             ),
         )
     )  # fmt: skip
+
+
+def _fetch_model(cfg: ModelConfig, name: str, revision: Revision, *, weights: bool) -> None:
+    """What `from_pretrained` reads of a repository: all files for the tokenizer and the config, then the weights."""
+    small = [file for file in revision.files if file.endswith(_SMALL) and "/" not in file or file.startswith(_CHATS)]
+    folder = _fetch(cfg, name, revision, only=list(map(escape, small)))
+    if weights:
+        index = folder / "model.safetensors.index.json"
+        shards = set(json.loads(index.read_bytes())["weight_map"].values()) if index.is_file() else _WHOLE
+        _fetch(cfg, name, revision, only=[escape(file) for file in revision.files if file in shards])
 
 
 def _revision(cfg: ModelConfig, name: str, *, revision: str) -> Revision:
     return find_revision(name, revision=revision, cache_dir=cfg.cache_dir, token=cfg.hf_hub_token, offline=cfg.offline)
 
 
-def _hub_options(cfg: ModelConfig, path: str) -> dict[str, Any]:
+def _hub_options(cfg: ModelConfig, path: str, *, weights: bool = False) -> dict[str, Any]:
     """Options that every `from_pretrained` call gets, so that each file is of the same commit.
+
+    What a call reads of the hub is downloaded before, as the library takes a file that breaks off for one that is not
+    there. Code of other repositories, where it is allowed, is fetched by the library.
 
     Raises:
         LlamaFactoryError: the hub gives no answer, or refuses.
@@ -237,12 +260,14 @@ def _hub_options(cfg: ModelConfig, path: str) -> dict[str, Any]:
     revision = Revision(name=cfg.model_revision, is_local=cfg.offline)
     if not Path(path).is_dir():
         revision = _revision(cfg, path, revision=cfg.model_revision)
+        if revision.files:
+            _fetch_model(cfg, path, revision, weights=weights)
     return {
         "revision": revision.name,
         "cache_dir": cfg.cache_dir,
         "token": cfg.hf_hub_token,
         "trust_remote_code": cfg.trust_remote_code,
-        "local_files_only": revision.is_local,
+        "local_files_only": revision.is_local or (bool(revision.files) and not cfg.trust_remote_code),
     }
 
 
