@@ -10,6 +10,8 @@ import pytest
 
 from llamafactory.commands.rerun import expand_rerun
 from llamafactory.compose import load_config
+from llamafactory.hparams.sharding import configuration_files
+from llamafactory.train.continuity import require_same_configuration
 from llamafactory.train.run_index import resume_command
 
 _FREE = {"output_dir", "rerun_of", "overwrite_output_dir", "resume_from_checkpoint", "allow_change"}
@@ -62,3 +64,17 @@ def test_a_run_that_began_elsewhere_and_saved_nothing_is_continued_there(train_c
     assert "'resume_from_checkpoint=/elsewhere/a b/checkpoint-4'" in resume_command(tmp_path / "out", record)
     (tmp_path / "out" / "checkpoint-6").mkdir()
     assert "resume_from_checkpoint" not in resume_command(tmp_path / "out", record)
+
+
+def test_a_deepspeed_file_that_has_gone_is_taken_from_the_record(train_config, tmp_path):
+    folder, file = tmp_path / "out", tmp_path / "ds.json"
+    content = {"zero_optimization": {"stage": 3}, "bf16": {"enabled": "auto"}}
+    file.write_text(json.dumps(content))
+    cfg = train_config(deepspeed=str(file), output_dir=str(folder))
+    record = record_of(folder, cfg) | {"files": configuration_files(cfg)}
+    (folder / "run.json").write_text(json.dumps(record))
+    file.unlink()
+    again = load_config(expand_rerun(["--rerun", str(folder / "run.json")]))
+    assert again.train.deepspeed == content
+    _, _, *words = shlex.split(resume_command(folder, record))
+    require_same_configuration(folder, record, load_config(expand_rerun(words)))

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from llamafactory.compose import resolve_config
 from llamafactory.hparams.deepspeed import read_deepspeed
 from llamafactory.hparams.run_config import RunConfig
-from llamafactory.hparams.sharding import check_sharding, sharding_of
+from llamafactory.hparams.sharding import check_sharding, configuration_files, sharding_of
 from llamafactory.hparams.train import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -125,8 +126,8 @@ def test_the_examples(name):
         ("gradient_accumulation_steps", 3, "differs from gradient_accumulation_steps: 1"),
         ("gradient_clipping", 0.5, "max_grad_norm: 0.5"),
         ("train_batch_size", 9, "not a multiple"),
-        ("bf16.enabled", True, "differs from bf16: False"),
-        ("fp16.enabled", True, "differs from fp16: False"),
+        ("bf16.enabled", True, "differs from bf16: false"),
+        ("fp16.enabled", True, "differs from fp16: false"),
         ("optimizer.params.lr", 0.1, "differs from learning_rate"),
         ("optimizer.params.betas", [0.9, 0.95], "adam_beta1, adam_beta2"),
         ("optimizer.type", "OneBitAdam", "not implemented"),
@@ -144,6 +145,25 @@ def test_the_examples(name):
         ("elasticity.enabled", True, "known, but not implemented"),
         ("gradient_predivide_factor", 2.0, "would change the numbers"),
         ("communication_data_type", "fp16", "would change the numbers"),
+        ("gradient_clipping", "0.5", "max_grad_norm: 0.5"),
+        ("gradient_clipping", float("nan"), "gradient_clipping: NaN"),
+        ("fp16", True, "fp16: must be a section"),
+        ("bf16", True, "bf16: must be a section"),
+        ("optimizer", "AdamW", "optimizer: must be a section"),
+        ("zero_optimization", [{"stage": 3}], "zero_optimization: must be a section"),
+        ("zero_optimization", "auto", "zero_optimization: must be a section"),
+        ("zero_optimization.stage", None, "stage: null"),
+        ("zero_optimization.stage", "auto", "not a ZeRO stage"),
+        ("zero_optimization.enabled", False, "zero_optimization.enabled: unknown key"),
+        ("zero_optimization.stage3_gather_16bit_weights_on_model_save", 2, "not a boolean"),
+        ("stage3_gather_16bit_weights_on_model_save", True, "unknown key"),
+        ("zero_optimisation", {}, "unknown key"),
+        ("ampp", {"enabled": False}, "unknown key"),
+        ("fp16.loss_scael", 0, "unknown key"),
+        ("Zero_Optimization", {"stage": 3}, "did you mean 'zero_optimization.stage'"),
+        ("zero_stage", 3, "accelerate's name; in a DeepSpeed configuration it is zero_optimization.stage"),
+        ("scheduler.params.cos_min_ratio", 0.1, "would change the numbers"),
+        ("optimizer.params.betas", [0.9, 0.999, 1], "adam_beta1, adam_beta2"),
     ],
 )
 def test_what_differs_from_the_run_is_refused_by_name(path, value, words):
@@ -171,7 +191,77 @@ def test_what_cannot_stand_beside_it(train, words):
 
 
 @pytest.mark.parametrize(
-    ("content", "words"), [(None, "cannot be read"), ("[1]", "holds a list"), ('{"a": 1,}', "not valid JSON")]
+    ("path", "value"),
+    [
+        ("gradient_clipping", "1.0"),
+        ("gradient_accumulation_steps", "1"),
+        ("train_batch_size", "AUTO"),
+        ("zero_optimization.stage", "3"),
+        ("zero_optimization.stage", 3.0),
+        ("zero_optimization.reduce_bucket_size", "5e8"),
+        ("optimizer.params.betas", ["auto", "auto"]),
+        ("optimizer.params.eps", "1e-8"),
+        ("bf16.enabled", "false"),
+        ("amp.enabled", "false"),
+        ("zero_optimization.stage3_gather_16bit_weights_on_model_save", "true"),
+        ("zero_optimization.gather_16bit_weights_on_model_save", True),
+        ("scheduler.params.last_batch_iteration", -1),
+        ("optimizer", {}),
+        ("scheduler", None),
+    ],
+)
+def test_what_is_written_otherwise_says_the_same(path, value):
+    """Numbers and booleans as text, a stage with a point, empty sections."""
+    given = changed(path, value)
+    assert not faults(given)
+    sharding, plain = sharding_of(config(given)), sharding_of(config(FULL))
+    assert sharding is not None
+    assert plain is not None
+    assert (sharding.words, sharding.weights, sharding.source) == (plain.words, plain.weights, plain.source)
+    assert sharding.source == "deepspeed: deepspeed, ZeRO stage 3"
+
+
+@pytest.mark.parametrize("depth", [30, 400])
+def test_a_deeply_nested_mapping_is_one_unknown_key(depth):
+    given = 1
+    for _ in range(depth):
+        given = {"a": given}
+    assert len(faults(given)) == 1
+
+
+def test_long_names_and_many_problems_are_cut():
+    assert all(len(fault) < 1000 for fault in faults({"x" * 100_000: "y" * 100_000}))
+    assert len(faults({f"key{number}": 1 for number in range(1000)})) == 21
+
+
+def test_the_command_plan_refuses_what_train_refuses():
+    wrong = RunConfig(command="plan", train=TrainConfig(deepspeed=FULL, fp16=True))
+    assert [problem.key for problem in check_sharding(wrong)] == ["fp16"]
+
+
+@pytest.mark.parametrize("key", ["deepspeed", "fsdp_config"])
+def test_a_file_in_the_home_folder_with_the_mark_of_windows(tmp_path, monkeypatch, key):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    content = {"zero_optimization": {"stage": 2}} if key == "deepspeed" else {"reshard_after_forward": False}
+    (tmp_path / "file.json").write_text(json.dumps(content), encoding="utf-8-sig")
+    cfg = RunConfig(command="train", train=TrainConfig(**{key: "~/file.json"}, fsdp=key != "deepspeed"))
+    assert not list(check_sharding(cfg))
+    sharding = sharding_of(cfg)
+    assert sharding is not None
+    assert sharding.words == "shard_grad_op"
+    assert configuration_files(cfg) == {key: content}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "cannot be read"),
+        ("[1]", "holds a list"),
+        ('{"a": 1,}', "not valid JSON"),
+        ('{"gradient_clipping": NaN}', "NaN is not a JSON number"),
+        ('{"zero_optimization": {"stage": 3, "stage": 2}}', "'stage' is given twice"),
+        (json.dumps({"x": "y" * 1_000_000}), "more than 1,000,000 bytes"),
+    ],
 )
 def test_a_file_that_cannot_be_read(tmp_path, content, words):
     path = tmp_path / "ds.json"
@@ -180,3 +270,9 @@ def test_a_file_that_cannot_be_read(tmp_path, content, words):
     found = faults(str(path))
     assert len(found) == 1
     assert words in found[0]
+
+
+def test_a_key_given_twice_on_the_command_line_is_refused():
+    words = ["output_dir=out", "model_name_or_path=m", 'deepspeed={"zero_optimization": {"stage": 3, "stage": 2}}']
+    found = [problem.message for problem in resolve_config(words).problems if problem.key == "deepspeed"]
+    assert found == ["'stage' is given twice"]

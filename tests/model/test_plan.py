@@ -51,6 +51,18 @@ def test_every_decision_has_a_reason(tiny_config):
 
 
 @pytest.mark.parametrize(
+    ("options", "count", "line"),
+    [({"fsdp": "full_shard"}, 2, "sharding = full_shard: over 2 processes; fsdp (set by you)"),
+     ({"deepspeed": {"zero_optimization": {"stage": 2}}}, 3,
+      "sharding = shard_grad_op: over 3 processes; deepspeed: deepspeed, ZeRO stage 2"),
+     ({"deepspeed": {"zero_optimization": {"stage": 3}}}, 1,
+      "sharding = none: there is one process, and so nothing to spread; deepspeed: deepspeed, ZeRO stage 3")],
+)  # fmt: skip
+def test_what_is_spread_over_how_many_processes(options, count, line, tiny_config):
+    assert line in plan_training(config(**options), tiny_config(), machine(), num_devices=count).lines()
+
+
+@pytest.mark.parametrize(
     ("options", "expected"),
     [({}, ("float32", "no")), ({"bf16": True}, ("bfloat16", "bf16")), ({"pure_bf16": True}, ("bfloat16", "no")),
      ({"fp16": True}, ("float16", "fp16")), ({"bf16": True, "finetuning_type": "full"}, ("float32", "bf16"))],

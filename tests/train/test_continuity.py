@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from llamafactory.extras.errors import ConfigError
 from llamafactory.train.continuity import require_same_configuration, say_other_versions
+from llamafactory.train.report import run_record
 
 FOLDER = Path("out")
 
@@ -73,3 +75,30 @@ def test_other_versions_are_said(capsys):
     say_other_versions({"packages": {"torch": "3"}}, {"torch": "3"})
     say_other_versions(None, {"torch": "3"})
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("key", ["deepspeed", "fsdp_config"])
+def test_what_a_configuration_file_holds_counts_and_not_where_it_lies(train_config, tmp_path, key):
+    """The file is changed, moved, written into the YAML, and gone."""
+    file, moved = tmp_path / "a.json", tmp_path / "b.json"
+    stages = [json.dumps({"zero_optimization": {"stage": stage, "overlap_comm": True}}) for stage in (3, 2)]
+    contents = (
+        stages if key == "deepspeed" else ['{"reshard_after_forward": true}', '{"reshard_after_forward": false}']
+    )
+    file.write_text(contents[0])
+    moved.write_text(contents[0])
+    more = {} if key == "deepspeed" else {"fsdp": True}
+    cfg = train_config(**more, **{key: str(file)})
+    record = run_record(cfg, run_id="a", state="running", plan={}, data={})
+    require_same_configuration(FOLDER, record, cfg)
+    require_same_configuration(FOLDER, record, train_config(**more, **{key: str(moved)}))
+    require_same_configuration(FOLDER, record, train_config(**more, **{key: json.loads(contents[0])}))
+    file.write_text(contents[1])
+    said = "zero_optimization.stage 3 -> 2" if key == "deepspeed" else "reshard_after_forward true -> false"
+    with pytest.raises(ConfigError, match=rf"another configuration: {key}\.{said}\n") as caught:
+        require_same_configuration(FOLDER, record, cfg)
+    assert f"--allow-change {key}" in str(caught.value)
+    require_same_configuration(FOLDER, record, train_config(**more, **{key: str(file), "allow_change": [key]}))
+    inline = train_config(**more, **{key: json.loads(contents[0])})
+    before = run_record(inline, run_id="a", state="running", plan={}, data={})
+    require_same_configuration(FOLDER, before, train_config(**more, **{key: str(moved)}))

@@ -39,6 +39,7 @@ def expand_rerun(argv: Sequence[str]) -> list[str]:
         for key, value in config.items()
         if key not in _NOT_TAKEN and (key in given or _says_something(key, value))
     }
+    options |= {key: content for key, content in (record.get("files") or {}).items() if key in options}
     options |= {"rerun_of": str(path), "output_dir": f"{Path(str(config.get('output_dir')))}-rerun"}
     masked = [key for key, value in options.items() if MASK in json.dumps(value)]
     if masked:

@@ -7,6 +7,7 @@ numbers is an error. Key names: DeepSpeed's configuration reference, https://www
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +47,8 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "bf16.bf16_master_weights_and_grads": (False,), "optimizer.params.adam_w_mode": (True,),
     "optimizer.params.bias_correction": (True,), "optimizer.params.amsgrad": (False,),
     "scheduler.params.warmup_min_lr": (0,), "scheduler.params.warmup_type": ("linear",),
+    "scheduler.params.warmup_min_ratio": (0,), "scheduler.params.cos_min_ratio": (0,),
+    "scheduler.params.last_batch_iteration": (-1,),
 }  # fmt: skip
 """Key -> the values with which it changes nothing; others would change the numbers."""
 _TUNING = "tunes DeepSpeed's own buffers and reports"
@@ -82,7 +85,14 @@ _REASONS = {
     "flops_profiler": "the plan counts FLOPs, and the log shows MFU; profile: true writes a trace",
     "comms_logger": "profile: true writes a trace",
     **dict.fromkeys(("tensorboard", "wandb", "csv_monitor", "comet", "monitor_config"), "report_to chooses trackers"),
-    "fp16": "fp16 is off",
+    **dict.fromkeys(
+        (f"fp16.{name}" for name in (
+            "loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis", "consecutive_hysteresis",
+            "min_loss_scale", "auto_cast", "fp16_master_weights_and_grads", "fp16_master_weights_and_gradients",
+            "fp16_optimizer_states",
+        )),
+        "fp16 is off",
+    ),
 }  # fmt: skip
 """Key, or the beginning of keys -> why it has no effect."""
 _REFUSED = (
@@ -93,12 +103,25 @@ _REFUSED = (
 )  # fmt: skip
 """Keys and sections that may only be switched off."""
 _READ = ("zero_optimization.stage", "optimizer.type", "scheduler.type", "train_batch_size")
-_GATHER = ("stage3_gather_16bit_weights_on_model_save", "stage3_gather_fp16_weights_on_model_save")
+_GATHER = (
+    "zero_optimization.stage3_gather_16bit_weights_on_model_save",
+    "zero_optimization.stage3_gather_fp16_weights_on_model_save",
+    "zero_optimization.gather_16bit_weights_on_model_save",
+)
+_OF_ACCELERATE = {
+    "zero_stage": "zero_optimization.stage", "zero3_save_16bit_model": _GATHER[0],
+    "offload_optimizer_device": "zero_optimization.offload_optimizer.device",
+    "offload_param_device": "zero_optimization.offload_param.device", "deepspeed_config_file": "deepspeed: that file",
+}  # fmt: skip
+"""Key of accelerate's own configuration -> what says the same to DeepSpeed."""
 _KNOWN = (
-    *_READ, *_SAME, *_ONLY, *_REASONS, *_REFUSED, *(f"zero_optimization.{name}" for name in _GATHER),
+    *_READ, *_GATHER, *_SAME, *_ONLY, *_REASONS, *_REFUSED,
 )  # fmt: skip
 _DROPPED = ("", None, "none", {}, [])
 """Values that ask for nothing."""
+_SECTIONS = {key.split(".")[0] for key in _KNOWN if "." in key}
+_WORDS = {"true": True, "false": False, "null": None, "none": None}
+_MAX_FILE_BYTES, _MAX_PROBLEMS, _MAX_DEPTH = 1_000_000, 20, 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,16 +160,9 @@ def read_deepspeed(run: RunConfig) -> tuple[ZeroRequest | None, list[Problem]]:
     except ConfigError as error:
         return None, list(error.problems)
     leaves = dict(_leaves(entries))
-    problems: list[Problem] = []
-    without_effect: dict[str, str] = {}
-    for key, value in leaves.items():
-        if key in _READ or key.rpartition(".")[2] in _GATHER:
-            continue
-        problem = _judge(run, key, value, leaves, without_effect)
-        if problem is not None:
-            problems.append(problem)
+    problems, without_effect = _judge_all(run, leaves)
     stage = leaves.get("zero_optimization.stage", 0)
-    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+    if isinstance(stage, bool) or not isinstance(stage, int | float) or stage not in (0, 1, 2, 3):
         problems.append(_problem("zero_optimization.stage", stage, "not a ZeRO stage", allowed="0, 1, 2, 3"))
         stage = 0
     problems.extend(_check_kinds(run, leaves))
@@ -160,8 +176,8 @@ def read_deepspeed(run: RunConfig) -> tuple[ZeroRequest | None, list[Problem]]:
         batch = "auto"
     request = ZeroRequest(
         name=name,
-        stage=stage,
-        gathers_weights=stage < 3 or any(leaves.get(f"zero_optimization.{name}") is True for name in _GATHER),
+        stage=int(stage),
+        gathers_weights=stage < 3 or any(leaves.get(name) is True for name in _GATHER),
         train_batch_size=None if batch == "auto" else batch,
         without_effect=without_effect,
     )
@@ -177,8 +193,11 @@ def _entries(given: Mapping[str, Any] | str) -> Mapping[str, Any]:
     if not isinstance(given, str):
         return given
     try:
-        return {key: value for key, value, _ in parse_json(Path(given).read_text(encoding="utf-8"), given)}
-    except (OSError, UnicodeDecodeError) as error:
+        path = Path(given).expanduser()
+        if path.is_file() and path.stat().st_size > _MAX_FILE_BYTES:
+            raise OSError(f"more than {_MAX_FILE_BYTES:,} bytes are no configuration")
+        return {key: value for key, value, _ in parse_json(path.read_text(encoding="utf-8-sig"), given)}
+    except (OSError, RuntimeError, UnicodeDecodeError) as error:
         raise ConfigError(
             Problem(
                 key="deepspeed",
@@ -193,16 +212,54 @@ def _entries(given: Mapping[str, Any] | str) -> Mapping[str, Any]:
 def _leaves(entries: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted name and value of everything that asks for something; a section that is switched off asks for nothing."""
     for name, value in entries.items():
-        key = f"{before}{name}".replace("bfloat16.", "bf16.")
-        if not isinstance(value, Mapping):
-            yield key, value
+        key = f"{before}{str(name).replace('.', '_')}".replace("bfloat16", "bf16")
+        if not isinstance(value, Mapping) or key.count(".") > _MAX_DEPTH:
+            yield key, _plain(value)
             continue
         section = cast("Mapping[str, Any]", value)
-        is_off = section.get("enabled", True) is False or section.get("device", "") in ("none", None)
-        if is_off and key in ("fp16", "bf16", "bfloat16"):
-            yield f"{key.replace('bfloat16', 'bf16')}.enabled", False
-        elif not is_off:
+        is_off = key != "zero_optimization" and (
+            _plain(section.get("enabled", True)) is False or _plain(section.get("device", "")) is None
+        )
+        if is_off and key in ("fp16", "bf16"):
+            yield f"{key}.enabled", False
+        elif is_off or not section:
+            yield key, {}
+        else:
             yield from _leaves(section, f"{key}.")
+
+
+def _plain(value: Any) -> Any:
+    """A value that may be written as text: `"5e8"`, `"true"`, `"AUTO"`."""
+    if isinstance(value, list):
+        return [_plain(one) for one in cast("list[Any]", value)]
+    if not isinstance(value, str):
+        return value
+    word = value.strip().lower()
+    if word == "auto" or word in _WORDS:
+        return _WORDS.get(word, word)
+    try:
+        return int(word)
+    except ValueError:
+        pass
+    try:
+        return float(word)
+    except ValueError:
+        return value
+
+
+def _judge_all(run: RunConfig, leaves: Mapping[str, Any]) -> tuple[list[Problem], dict[str, str]]:
+    """What is wrong with the entries, the first of it where it is much; and what has no effect."""
+    problems: list[Problem] = []
+    without_effect: dict[str, str] = {}
+    for key, value in leaves.items():
+        if len(problems) == _MAX_PROBLEMS:
+            problems.append(_problem(key, value, "not looked at, nor what follows", fix="mend what is above first"))
+            break
+        if key in _GATHER and not isinstance(value, bool) and value not in ("auto", None):
+            problems.append(_problem(key, value, "not a boolean", allowed='true, false, "auto"'))
+        if key not in _READ and key not in _GATHER and (problem := _judge(run, key, value, leaves, without_effect)):
+            problems.append(problem)
+    return problems, without_effect
 
 
 def _judge(
@@ -210,11 +267,7 @@ def _judge(
 ) -> Problem | None:
     """What is wrong with an entry; what has no effect is noted."""
     if key in _SAME:
-        option, find = _SAME[key]
-        expected = find(run)
-        if value == "auto" or (value == expected and isinstance(value, bool) == isinstance(expected, bool)):
-            return None
-        return _problem(key, value, f"differs from {option}: {expected}", fix=f'"auto", or {option}: {value}')
+        return _compare(run, key, value)
     if key in _ONLY:
         if value == "auto" or any(value == one and type(value) in (type(one), float) for one in _ONLY[key]):
             return None
@@ -227,12 +280,36 @@ def _judge(
         return _problem(key, value, "known, but not implemented in this version", fix=f"remove {top}")
     prefix = next((one for one in _prefixes(key) if one in _REASONS), None)
     if prefix is None:
-        fix = did_you_mean(key, _KNOWN) or f"remove {key}"
-        return _problem(key, value, "unknown key", fix=fix)
-    is_quiet = prefix == "fp16" or value is False or value in ("auto", *_DROPPED)
+        return _refuse_unknown(key, value)
+    is_quiet = prefix.startswith("fp16") or value is False or value in ("auto", *_DROPPED)
     if not is_quiet:
         without_effect[prefix.removeprefix("zero_optimization.")] = _REASONS[prefix]
     return None
+
+
+def _compare(run: RunConfig, key: str, value: Any) -> Problem | None:
+    """Whether a value of `_SAME` is `"auto"`, or that of the run."""
+    option, find = _SAME[key]
+    expected = find(run)
+    both = zip(value, expected, strict=False) if _is_pair(value) and _is_pair(expected) else [(value, expected)]
+    if all(one in ("auto", None) or _is_same(one, other) for one, other in both):
+        return None
+    fix = '"auto"'
+    if "," not in option and isinstance(value, bool | int | float) and abs(value) < float("inf"):
+        fix += f", or {option}: {_shown(value)}"
+    return _problem(key, value, f"differs from {option}: {_shown(expected)}", fix=fix)
+
+
+def _refuse_unknown(key: str, value: Any) -> Problem | None:
+    if key in (*_SECTIONS, "optimizer.params", "scheduler.params"):
+        if value in _DROPPED:
+            return None
+        return _problem(key, value, "must be a section", allowed='{"key": value, ...}')
+    if key in _OF_ACCELERATE:
+        fix = f"accelerate's name; in a DeepSpeed configuration it is {_OF_ACCELERATE[key]}"
+    else:
+        fix = did_you_mean(key, _KNOWN) if len(key) < 200 else ""
+    return _problem(key, value, "unknown key", fix=fix or f"remove {_cut(key)}")
 
 
 def _prefixes(key: str) -> Iterator[str]:
@@ -260,5 +337,25 @@ def _check_kinds(run: RunConfig, leaves: Mapping[str, Any]) -> Iterator[Problem]
         yield _problem("scheduler.type", schedule, message, fix=f"remove scheduler, or lr_scheduler_type: {expected}")
 
 
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(cast("list[Any]", value)) == 2
+
+
+def _is_same(value: Any, expected: Any) -> bool:
+    return value == expected and isinstance(value, bool) == isinstance(expected, bool)
+
+
+def _shown(value: Any) -> str:
+    """A value as JSON writes it, cut where it is long."""
+    return _cut(json.dumps(value, ensure_ascii=False, default=str))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
 def _problem(key: str, value: Any, message: str, *, allowed: str | None = None, fix: str | None = None) -> Problem:
-    return Problem(key="deepspeed", given=f"{key}: {value}", message=f"{key}: {message}", allowed=allowed, fix=fix)
+    key = _cut(key)
+    return Problem(
+        key="deepspeed", given=f"{key}: {_shown(value)}", message=f"{key}: {message}", allowed=allowed, fix=fix
+    )

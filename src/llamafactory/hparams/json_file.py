@@ -22,7 +22,7 @@ def parse_json(text: str, name: str) -> list[tuple[str, Any, int]]:
         ConfigError: with line and column, where the text is not a JSON object.
     """
     try:
-        whole = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        whole = json.loads(text, object_pairs_hook=unique, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
         place = f"{name}:{error.lineno}:{error.colno}"
         message = f"not valid JSON: {error.msg[0].lower()}{error.msg[1:]}"
@@ -39,7 +39,12 @@ def parse_json(text: str, name: str) -> list[tuple[str, Any, int]]:
     return [(key, value, lines[key]) for key, value in cast("dict[str, Any]", whole).items()]
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The entries of a JSON object.
+
+    Raises:
+        ValueError: a key is given twice.
+    """
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:

@@ -19,6 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from llamafactory.hparams.json_file import unique
+
 Kind: TypeAlias = Literal["bool", "int", "float", "str", "list", "dict", "choice", "none"]
 
 _PLAIN_KINDS: dict[object, Kind] = {bool: "bool", int: "int", float: "float", str: "str", type(None): "none"}
@@ -104,7 +106,7 @@ def _fit_text(text: str, kinds: frozenset[Kind]) -> Any:
 
 def _from_json(text: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=unique)
     except json.JSONDecodeError as error:
         raise ValueError(f"not valid JSON: {error.msg} at character {error.pos + 1}") from None
 

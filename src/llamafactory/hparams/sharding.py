@@ -8,6 +8,7 @@ error; what only tunes another engine is listed as having no effect.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -81,6 +82,11 @@ class Sharding:
         """How it is called in `fsdp`."""
         return "full_shard" if self.reshard_after_forward else "shard_grad_op"
 
+    @property
+    def source(self) -> str:
+        """What asks for it, for people."""
+        return f"deepspeed: {self.zero.name}, ZeRO stage {self.zero.stage}" if self.zero else "fsdp (set by you)"
+
 
 def sharding_of(config: RunConfig) -> Sharding | None:
     """What the configuration asks for, or None where weights are not spread.
@@ -94,9 +100,24 @@ def sharding_of(config: RunConfig) -> Sharding | None:
     return sharding
 
 
+def configuration_files(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """What the files of `deepspeed` and `fsdp_config` hold, by option, so that a run can be told from another one.
+
+    Options without a file, and files that cannot be read, are left out.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for key in ("deepspeed", "fsdp_config"):
+        given = getattr(config.train, key)
+        if isinstance(given, str) and given:
+            with suppress(OSError, RuntimeError, UnicodeDecodeError, ConfigError):
+                text = Path(given).expanduser().read_text(encoding="utf-8-sig")
+                found[key] = {name: value for name, value, _ in parse_json(text, given)}
+    return found
+
+
 def check_sharding(config: RunConfig) -> Iterator[Problem]:
     """What is wrong with `fsdp`, `fsdp_config` and `deepspeed`, and what cannot be combined with them."""
-    if config.command != "train":
+    if config.command not in ("train", "plan"):
         return
     sharding, problems = _read(config)
     yield from problems
@@ -192,8 +213,9 @@ def _entries(given: Mapping[str, Any] | str | None, problems: list[Problem]) -> 
     """The entries of `fsdp_config`, a mapping or a JSON file, without the prefix `fsdp_`."""
     if isinstance(given, str):
         try:
-            given = {key: value for key, value, _ in parse_json(Path(given).read_text(encoding="utf-8"), given)}
-        except (OSError, UnicodeDecodeError) as error:
+            text = Path(given).expanduser().read_text(encoding="utf-8-sig")
+            given = {key: value for key, value, _ in parse_json(text, given)}
+        except (OSError, RuntimeError, UnicodeDecodeError) as error:
             problems.append(
                 Problem(key="fsdp_config", message=f"cannot be read: {error}", allowed="a mapping, or a JSON file")
             )

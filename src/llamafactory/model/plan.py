@@ -83,6 +83,7 @@ class ModelPlan:
         fused_blocks: blocks may go through `model.kernels`, the fused CPU functions; else the model's own forward.
         checkpoint_every: every n-th block is recomputed in the backward pass; 1 all of them, 0 none.
         compiled_blocks: the model's own blocks through torch.compile.
+        sharding: `full_shard`, `shard_grad_op`, or `none` where each process holds the whole model.
         reasons: one line for each decision.
         costs: the forecast, or None where the model cannot be looked at without weights.
     """
@@ -98,6 +99,7 @@ class ModelPlan:
     fused_blocks: bool
     checkpoint_every: int
     compiled_blocks: bool = False
+    sharding: str = "none"
     reasons: Mapping[str, str]
     costs: Costs | None = None
 
@@ -155,6 +157,8 @@ def plan_training(
     layout, attention, reasons["layout"] = choose_layout(cfg, model_config, family, hardware)
     is_plain = layout == "flat" and hardware.device == "cpu" and (weight_dtype, autocast) == ("float32", "no")
     num_shards = num_devices if sharding_of(cfg) else 1
+    sharding, why = _choose_sharding(cfg, num_shards)
+    reasons |= why
     fused_blocks, reasons["fused_blocks"] = choose_blocks(
         cfg, model_config.model_type, family, is_plain, is_sharded=num_shards > 1
     )
@@ -233,9 +237,20 @@ def plan_training(
         fused_blocks=fused_blocks,
         checkpoint_every=every,
         compiled_blocks=compiled_blocks,
+        sharding=sharding,
         reasons=reasons,
         costs=costs,
     )
+
+
+def _choose_sharding(cfg: RunConfig, num_shards: int) -> tuple[str, dict[str, str]]:
+    """How the model is spread, and why, where that was asked for."""
+    asked = sharding_of(cfg)
+    if asked is None:
+        return "none", {}
+    if num_shards == 1:
+        return "none", {"sharding": f"there is one process, and so nothing to spread; {asked.source}"}
+    return asked.words, {"sharding": f"over {num_shards} processes; {asked.source}"}
 
 
 def inference_dtype(infer_dtype: str, checkpoint_dtype: str | None, hardware: Hardware) -> DType:

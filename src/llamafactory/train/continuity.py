@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from llamafactory.extras.errors import ConfigError, Problem
 from llamafactory.extras.log import note
+from llamafactory.hparams.sharding import configuration_files
 
 if TYPE_CHECKING:
     from llamafactory.hparams.run_config import RunConfig
@@ -45,6 +46,11 @@ def require_same_configuration(folder: Path, record: Mapping[str, Any], cfg: Run
         ConfigError: what differs.
     """
     before, now = dict(record.get("config") or {}), cfg.flat(mask_secrets=True)
+    files = record.get("files") or {}
+    for key, content in configuration_files(cfg).items():
+        if key in files or not isinstance(before.get(key), str):  # what they hold counts, not where they lie
+            now[key] = content
+    before |= files
     ignored = _HARMLESS | {*_BATCH_KEYS} | set(type(cfg.export).model_fields)
     if hasattr(cfg.stage_options, "reward_functions"):  # it trains on answers that it samples
         if "given" in record:
@@ -89,8 +95,19 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any], ignored: Set
     for key in sorted(set(before) | set(now)):
         old, new = before.get(key), json.loads(json.dumps(now.get(key)))
         if key not in ignored and old != new:
-            changed[key] = f"{key} {json.dumps(old)} -> {json.dumps(new)}"
+            changed[key] = "; ".join(_spelled(key, old, new))
     return changed
+
+
+def _spelled(key: str, old: Any, new: Any) -> Iterator[str]:
+    """`key old -> new`; of two mappings only the entries that differ."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        yield f"{key} {json.dumps(old)} -> {json.dumps(new)}"
+        return
+    before, now = cast("dict[str, Any]", old), cast("dict[str, Any]", new)
+    for name in sorted({*before, *now}):
+        if before.get(name) != now.get(name):
+            yield from _spelled(f"{key}.{name}", before.get(name), now.get(name))
 
 
 def require_same_data(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from llamafactory.extras import log
 from llamafactory.extras.errors import ConfigError, Problem
+from llamafactory.hparams.sharding import configuration_files
 from llamafactory.train.checkpoint.manifest import read_facts
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ def facts_of(cfg: RunConfig, claim: Claim, data: Mapping[str, Any], plan: ModelP
         data: the report of the data, as JSON.
         plan: of the model.
     """
-    config = {key: value for key, value in cfg.flat(mask_secrets=True).items() if key not in _OF_A_MACHINE}
+    values = cfg.flat(mask_secrets=True) | configuration_files(cfg)
+    config = {key: value for key, value in values.items() if key not in _OF_A_MACHINE}
     found = {key: json.dumps(value, sort_keys=True) for key, value in config.items()}
     found |= {f"rows of {one['name']}": str(one.get("fingerprint")) for one in data.get("datasets", [])}
     found["begins with"] = claim.resume_from.name if claim.resume_from else "nothing"

@@ -201,7 +201,9 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
         record = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
         if not isinstance(record, dict) or not isinstance(record.get("run_id"), str):
             raise ValueError("it names no run")
-        if not all(isinstance(record.get(part, {}), dict) for part in ("config", "data", "plan", "packages", "text")):
+        if not all(
+            isinstance(record.get(part, {}), dict) for part in ("config", "files", "data", "plan", "packages", "text")
+        ):
             raise ValueError("it is no record of a run")
     except FileNotFoundError:
         return None

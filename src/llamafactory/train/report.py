@@ -14,6 +14,7 @@ from llamafactory.extras import log
 from llamafactory.extras.checkout import git_commit
 from llamafactory.extras.files import write_json
 from llamafactory.extras.packages import version
+from llamafactory.hparams.sharding import configuration_files
 from llamafactory.model.method import load_method
 from llamafactory.train.output_dir import RECORD_FORMAT
 from llamafactory.train.stage import load_stage
@@ -90,6 +91,7 @@ def run_record(
         "state": state,
         "config": cfg.flat(mask_secrets=True),
         "given": cfg.given_keys(),
+        "files": configuration_files(cfg),
         "plan": dict(plan),
         "data": dict(data),
         "packages": package_versions(),

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _BASE_KEYS = ("model_name_or_path", "adapter_name_or_path", "adapter_folder")
 _DECISIONS = (
     "device", "weight_dtype", "autocast", "attention", "layout", "micro_batch_tokens", "loss_chunk_rows", "fused_head",
-    "fused_blocks", "compiled_blocks",
+    "fused_blocks", "compiled_blocks", "sharding",
 )  # fmt: skip
 """What the plan decides that changes the last digits of a run's numbers."""
 
