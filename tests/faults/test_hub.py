@@ -129,6 +129,18 @@ def test_a_run_goes_on_with_the_models_that_it_began_with(
     assert place.finish("new").weights != reference.weights
 
 
+def test_the_value_head_of_a_reward_model_on_the_hub_is_trained_on(
+    place: Place, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new head in its place would begin with other losses."""
+    judge = ("stage=rm", "finetuning_type=full", "dataset=pairs", "adapter_name_or_path=null")
+    place.finish("judge", *judge)
+    monkeypatch.setattr(hub, "owners", {**hub.owners, "models": {"judge": place.folder / "judge"}})
+    local = place.finish("local", *judge, f"model_name_or_path={place.folder / 'judge'}")
+    remote = place.finish("remote", *judge, "model_name_or_path=judge/one", "overwrite_cache=true")
+    assert (remote.losses, remote.weights) == (local.losses, local.weights)
+
+
 def test_of_a_model_only_what_is_read_is_downloaded_and_that_is_enough_offline(
     place: Place, hub: Hub, faults_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -188,6 +188,22 @@ def model_path(cfg: ModelConfig) -> str:
     return resolve_model_path(name, cache_dir=cache, offline=cfg.offline)
 
 
+def folder_with(cfg: ModelConfig, file: str) -> Path:
+    """The model's folder on this machine, with a file beside its weights; of a repository that file is downloaded.
+
+    Args:
+        cfg: names the model.
+        file: that the folder holds, if the model has it.
+
+    Raises:
+        LlamaFactoryError: the hub gives no answer, or refuses.
+    """
+    path = model_path(cfg)
+    if Path(path).is_dir():
+        return Path(path)
+    return _fetch(cfg, path, _revision(cfg, path, revision=cfg.model_revision), only=[escape(file)])
+
+
 def adapter_folders(cfg: ModelConfig) -> tuple[Path, ...]:
     """Local folders of the adapters, downloaded where they are hub ids.
 

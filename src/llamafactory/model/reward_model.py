@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from llamafactory.extras.errors import LlamaFactoryError
-from llamafactory.model.loader import adapter_folders, load_classifier, load_model, load_model_config, model_path
+from llamafactory.model.loader import adapter_folders, folder_with, load_classifier, load_model, load_model_config
 from llamafactory.model.method import apply_method
 from llamafactory.model.valuehead import FILE, ModelWithValueHead, ValueHead, add_value_head
 
@@ -43,7 +42,7 @@ def load_reward_model(
                 "base model that the adapter was trained on."
             )
         return _as_value_model(load_classifier(cfg, dtype=dtype, attention=attention)).to(device)
-    source = folders[-1] if folders else Path(model_path(cfg))
+    source = folders[-1] if folders else folder_with(cfg, FILE)
     if not (source / FILE).is_file():
         raise LlamaFactoryError(
             f"{source} holds no {FILE}, so that it is no reward model. Give the output_dir of a run of stage rm, as "

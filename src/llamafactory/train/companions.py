@@ -9,12 +9,13 @@ from torch import nn
 
 from llamafactory.extras import log
 from llamafactory.extras.errors import ConfigError, Problem
-from llamafactory.model.loader import adapter_folders, load_model, load_tokenizer
+from llamafactory.model.loader import adapter_folders, folder_with, load_model, load_tokenizer
 from llamafactory.model.method import load_method
 from llamafactory.model.patches.bitsandbytes_cpu import as_asked_for
 from llamafactory.model.patches.peft_future_warning import without_future_warning
 from llamafactory.model.quantised import quantisation
 from llamafactory.model.reference import ADAPTER, Reference, freeze, without_dropout
+from llamafactory.model.valuehead import FILE as VALUE_HEAD
 from llamafactory.model.valuehead import ModelWithValueHead, add_value_head
 from llamafactory.train.stage import load_stage
 
@@ -38,7 +39,7 @@ def with_stage_parts(cfg: RunConfig, policy: nn.Module, *, resume_from: Path | N
     if not stage.has_value_head:
         return policy
     folders = adapter_folders(cfg.model)
-    source = resume_from or (folders[-1] if folders else Path(cfg.model.model_name_or_path or ""))
+    source = resume_from or (folders[-1] if folders else folder_with(cfg.model, VALUE_HEAD))
     return add_value_head(policy, source=source, trainable=cfg.train.do_train)
 
 
