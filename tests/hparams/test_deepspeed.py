@@ -276,3 +276,24 @@ def test_a_key_given_twice_on_the_command_line_is_refused():
     words = ["output_dir=out", "model_name_or_path=m", 'deepspeed={"zero_optimization": {"stage": 3, "stage": 2}}']
     found = [problem.message for problem in resolve_config(words).problems if problem.key == "deepspeed"]
     assert found == ["'stage' is given twice"]
+
+
+WORDS = ["output_dir=out", "model_name_or_path=m", "do_train=false"]
+
+
+@pytest.mark.parametrize("first", ["deepspeed={file}", 'deepspeed={{"zero_optimization": {{"stage": 3}}}}', None])
+def test_an_entry_on_the_command_line_is_added_to_a_mapping_and_never_replaces_a_file(tmp_path, first):
+    """Before, the entry took the place of the whole file in silence."""
+    file = tmp_path / "ds.json"
+    file.write_text('{"zero_optimization": {"stage": 3}}')
+    given = [] if first is None else [first.format(file=file)]
+    resolution = resolve_config([*WORDS, *given, "deepspeed.zero_optimization.overlap_comm=true"])
+    found = {problem.key: problem for problem in resolution.problems if (problem.key or "").startswith("deepspeed")}
+    value = next(value.value for value in resolution.values if value.key == "deepspeed")
+    if given and str(file) in given[0]:
+        assert list(found) == ["deepspeed.zero_optimization.overlap_comm"]
+        assert str(file) in found["deepspeed.zero_optimization.overlap_comm"].message
+    else:
+        stage = {} if first is None else {"stage": 3}
+        assert not found
+        assert value == {"zero_optimization": {**stage, "overlap_comm": "true"}}

@@ -6,12 +6,14 @@ key without effect, a key of a later version, or unknown.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from llamafactory.extras.errors import Problem
 from llamafactory.extras.suggest import did_you_mean, near_matches
+from llamafactory.hparams.json_file import unique
 from llamafactory.hparams.known_keys import KnownKeys, asks_for_nothing
 from llamafactory.hparams.read import RawValue
 from llamafactory.hparams.run_config import SECTIONS
@@ -43,19 +45,40 @@ def namespace_for(known: KnownKeys, stage: type[Section], adapter: type[Section]
     return Namespace(sections={**SECTIONS, "stage_options": stage, "adapter_options": adapter}, known=known)
 
 
-def merge_dotted(raw: Sequence[RawValue], names: Namespace) -> list[RawValue]:
-    """Later values replace earlier ones; `a.b=c` sets an entry of the mapping `a`."""
+def merge_dotted(raw: Sequence[RawValue], names: Namespace) -> tuple[list[RawValue], list[Problem]]:
+    """Later values replace earlier ones; `a.b=c` sets an entry of the mapping `a`, which may stand there as JSON text.
+
+    Returns:
+        The values, and a problem where `a` is the path of a file, whose entries would all be lost.
+    """
+    problems: list[Problem] = []
     merged: dict[str, RawValue] = {}
     for item in raw:
         root, _, path = item.key.partition(".")
         field_kinds = _kinds_by_key(names).get(root, frozenset())
         if path and "dict" in field_kinds:
-            before = merged[root].value if root in merged else None
+            before = _mapping_of(merged[root].value if root in merged else None)
+            if isinstance(before, str):
+                message = f"sets an entry of {root}, and {root} is the file {before}"
+                fix = f"write the entry into a copy of the file, or its content into the YAML, as a mapping {root}"
+                problems.append(Problem(key=item.key, origin=item.origin, message=message, fix=fix))
+                continue
             merged[root] = replace(item, key=root, value=_set_path(before, path.split("."), item.value), text=None)
         else:
             merged.pop(item.key, None)
             merged[item.key] = item
-    return list(merged.values())
+    return list(merged.values()), problems
+
+
+def _mapping_of(value: Any) -> Any:
+    """The mapping that a JSON text holds; other text as it is, None for nothing."""
+    if not isinstance(value, str):
+        return value
+    try:
+        found = json.loads(value, object_pairs_hook=unique)
+    except (ValueError, RecursionError):
+        return value.strip() or None
+    return found if isinstance(found, dict) else None
 
 
 def _set_path(before: Any, path: list[str], value: Any) -> dict[str, Any]:

@@ -70,11 +70,12 @@ class Resolution:
 def resolve(raw: Sequence[RawValue], names: Namespace, *, command: str, checks: Sequence[Check] = ()) -> Resolution:
     """Make a configuration of raw values, or say everything that is wrong with them."""
     sorted_keys = SortedKeys(names)
-    for item in merge_dotted(raw, names):
+    merged, lost = merge_dotted(raw, names)
+    for item in merged:
         sorted_keys.add(item)
     sections, type_problems = _build_sections(sorted_keys.given, names)
     config = RunConfig(command=command, **sections)
-    problems = [*sorted_keys.problems, *type_problems]
+    problems = [*lost, *sorted_keys.problems, *type_problems]
     silent = {problem.key for problem in problems} | sorted_keys.probably_meant
     for problem in _run_checks(config, checks):
         if problem.key not in silent:

@@ -76,7 +76,7 @@ def choose_blocks(
     if not cfg.model.fused_kernels:
         return False, "fused_kernels: false"
     if is_sharded:
-        return False, "fsdp gathers the weights of a block where its own forward is called"
+        return False, "fsdp (or deepspeed) gathers the weights of a block where its own forward is called"
     if not is_plain:
         return False, "they are for float32 rows laid end to end on a CPU"
     if not family.prenorm_blocks:
@@ -92,7 +92,10 @@ def compile_reason(cfg: RunConfig, fused_blocks: bool) -> str:
     """
     if sharding_of(cfg):
         raise refusal(
-            "torch_compile", "true", "compiled blocks are not proven together with fsdp", "torch_compile: false"
+            "torch_compile",
+            "true",
+            "compiled blocks are not proven together with fsdp or deepspeed",
+            "torch_compile: false",
         )
     if fused_blocks:
         return "the fused CPU functions take their place; fused_kernels: false compiles the model's own blocks"

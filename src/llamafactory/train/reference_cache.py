@@ -80,7 +80,9 @@ def keep_reference(
         return feeds
     if any(is_sharded(parameter) for parameter in module.parameters()):
         if wish:
-            log.note("cache_reference has no effect with fsdp: processes that share a model compute in step")
+            log.note(
+                "cache_reference has no effect with fsdp or deepspeed: processes that share a model compute in step"
+            )
         return feeds
     schedule = training.schedule
     steps = schedule.total_windows(max_steps=cfg.train.max_steps, num_epochs=cfg.train.num_train_epochs)
