@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from llamafactory.train.likeness import careful, differences
+from llamafactory.extras.hardware import read_hardware
+from llamafactory.model.plan import plan_training
+from llamafactory.train.likeness import careful, differences, facts_of
+from llamafactory.train.output_dir import Claim
 
 
 def test_what_differs_is_named_once_with_hosts_and_a_fix() -> None:
@@ -32,3 +37,16 @@ def test_what_differs_is_named_once_with_hosts_and_a_fix() -> None:
 )
 def test_the_most_careful_split_counts(splits: list[tuple[int | None, int]], expected: tuple[int | None, int]) -> None:
     assert careful(splits) == expected
+
+
+def test_the_content_of_a_deepspeed_file_is_compared_and_not_its_path(train_config, tiny_config, tmp_path) -> None:
+    claim = Claim(output_dir=tmp_path, run_id="a")
+    facts = []
+    for name, stage in (("one", 3), ("two", 3), ("three", 2)):
+        file = tmp_path / f"{name}.json"
+        file.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+        cfg = train_config(deepspeed=str(file))
+        facts.append((name, facts_of(cfg, claim, {}, plan_training(cfg, tiny_config(), read_hardware(use_cpu=True)))))
+    assert differences(facts[:2]) == []
+    (problem,) = differences([facts[0], facts[2]])
+    assert problem.message.startswith('deepspeed: {"zero_optimization": {"stage": 3}} in rank 0, ')
