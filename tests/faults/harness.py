@@ -220,15 +220,24 @@ class Tally:
         """Writes the counts as JSON; those of other test processes of the same session are added."""
         import fcntl
 
-        document = {"session": session, "runs": self.runs, "kills_survived": self.kills, "signals_obeyed": self.stops,
-                    "bit_equal": self.bit_equal, "rows_lost": self.rows_lost, "cells": self.cells}  # fmt: skip
+        document: dict[str, Any] = {
+            "session": session,
+            "runs": self.runs,
+            "kills_survived": self.kills,
+            "signals_obeyed": self.stops,
+            "bit_equal": self.bit_equal,
+            "rows_lost": self.rows_lost,
+            "cells": dict(self.cells),
+        }
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             found = json.loads(path.read_text()) if path.exists() else {}
             if found.get("session") == session:
                 document |= {key: value + found[key] for key, value in document.items() if isinstance(value, int)}
-                document["cells"] = {**found["cells"], **self.cells}  # the tests of a file share one process
+                for name, counts in found["cells"].items():
+                    ours = document["cells"].get(name, {})
+                    document["cells"][name] = {key: number + ours.get(key, 0) for key, number in counts.items()}
             path.write_text(json.dumps(document, indent=1) + "\n")
 
     def __str__(self) -> str:
