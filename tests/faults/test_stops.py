@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from tests.faults.cells import CELLS
@@ -179,16 +180,27 @@ def test_a_second_run_is_kept_out_and_a_stale_lock_is_taken_over(place, referenc
     assert not (place.folder / "shared" / "run.lock").exists()
 
 
+def lock_of_another_machine(place: Place, name: str) -> Path:
+    (place.folder / name).mkdir()
+    lock = place.folder / name / "run.lock"
+    lock.write_text(json.dumps({"host": "elsewhere", "pid": 1, "boot_id": "x", "started": "today"}))
+    return lock
+
+
 def test_a_fresh_lock_of_another_machine_is_respected(make_place):
     place = make_place()
-    folder = place.folder / "remote"
-    folder.mkdir()
-    lock = folder / "run.lock"
-    lock.write_text(json.dumps({"host": "elsewhere", "pid": 1, "boot_id": "x", "started": "today"}))
+    lock = lock_of_another_machine(place, "remote")
     run = place.begin("remote")
-    run.wait_for("waiting for a sign of life")
+    run.wait_for("for a sign of life")
     os.utime(lock)
     assert run.wait() == 2
     assert "another run is using this folder: pid 1 on elsewhere, started today" in run.text
-    os.utime(lock, (1, 1))
-    assert place.begin("remote").wait() == 0
+
+
+@pytest.mark.long
+def test_a_silent_lock_of_another_machine_is_taken_over(make_place):
+    place = make_place()
+    os.utime(lock_of_another_machine(place, "remote"), (1, 1))
+    run = place.begin("remote")
+    assert run.wait() == 0
+    assert "left over from pid 1 on elsewhere: taken over" in run.text
