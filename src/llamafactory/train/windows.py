@@ -173,18 +173,37 @@ class Schedule:
 
     def _by_length(self, share: list[int]) -> list[list[int]]:
         """Rows of similar length together, the longest first, at most `items_per_device` of them."""
-        limit = self.micro_batch_tokens or 0
+        share = sorted(share, key=lambda place: -self.lengths[place])
+        limit = self.micro_batch_tokens
+        if limit is None:
+            return self._in_full_passes(share)
         groups: list[list[int]] = []
-        for index in sorted(share, key=lambda place: -self.lengths[place]):
+        for index in share:
             group = groups[-1] if groups else []
             is_full = len(group) == self.items_per_device
-            if group and limit:
+            if group:
                 is_full |= (len(group) + 1) * padded_width(self.lengths[group[0]]) > limit
             if is_full or not group:
                 groups.append([index])
             else:
                 group.append(index)
         return groups
+
+    def _in_full_passes(self, ordered: list[int]) -> list[list[int]]:
+        """Passes of `items_per_device` items, and one of the rest, where it costs the fewest positions."""
+        size = self.items_per_device
+        rest = len(ordered) % size
+
+        def with_rest_at(place: int) -> list[list[int]]:
+            starts = [*range(0, place + 1, size), *range(place + rest, len(ordered), size)]
+            return [ordered[start:stop] for start, stop in pairwise([*starts, len(ordered)])]
+
+        def cost(groups: list[list[int]]) -> int:
+            return sum(self.positions([self.lengths[index] for index in group]) for group in groups)
+
+        if not rest:
+            return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+        return min(map(with_rest_at, range(len(ordered) - rest, -1, -size)), key=cost)
 
 
 def _longest(mix: Mix, lengths: Sequence[int]) -> int:
