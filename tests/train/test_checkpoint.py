@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.train.optimizer_steps import take_steps
 
 from llamafactory.extras.errors import LlamaFactoryError, SaveError
 from llamafactory.train.checkpoint import random_state
@@ -31,14 +32,6 @@ def make_optimizer(seed=0):
     torch.manual_seed(seed)
     parameters = [torch.nn.Parameter(torch.randn(4, 3)), torch.nn.Parameter(torch.randn(3))]
     return torch.optim.AdamW([{"params": parameters[:1], "weight_decay": 0.1}, {"params": parameters[1:]}], lr=1e-2)
-
-
-def take_steps(optimizer, count):
-    for _ in range(count):
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = torch.randn_like(parameter)
-        optimizer.step()
 
 
 def write_model(folder):

@@ -6,6 +6,7 @@ from typing import get_args
 
 import pytest
 import torch
+from tests.train.optimizer_steps import take_steps
 
 from llamafactory.hparams.train import LrScheduler, TrainConfig
 from llamafactory.train.checkpoint.tensors import load_optimizer, optimizer_state
@@ -14,14 +15,6 @@ from llamafactory.train.optim import build_optimizer
 from llamafactory.train.schedule import build_schedule, go_on
 
 OPTIMIZERS = get_args(TrainConfig.model_fields["optim"].annotation)
-
-
-def take_steps(optimizer, count):
-    for _ in range(count):
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = torch.randn_like(parameter)
-        optimizer.step()
 
 
 @pytest.mark.parametrize(
